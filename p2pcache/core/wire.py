@@ -1,0 +1,128 @@
+"""What peers tell each other: the small bodies of the peer API, as MessagePack.
+
+Decoding bounds what a hostile peer can make of them: sizes are limited by the reader, types by
+the structs, and every number is checked against the others before it becomes a value.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+
+from p2pcache.core.errors import BadDigest, FormatError
+from p2pcache.core.layout import LayoutKind, PieceMask
+from p2pcache.core.model import MAX_BLOB_SIZE, Digest
+
+PROTOCOL: Final = "v1"
+MEDIA_TYPE: Final = "application/vnd.msgpack"
+
+# The largest blob in the smallest pieces, 64 KiB: a mask of 2 MiB.
+_MAX_PIECES: Final = MAX_BLOB_SIZE >> 16
+# RFC 6838, section 4.2: type and subtype have at most 127 characters each; the rest is parameters.
+_MEDIA_TYPE = re.compile(r"[ -~]{0,512}")
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What a node holds of one blob, proven. A claim, until its bytes have been proven here."""
+
+    node: str
+    """The id of the node that says so: by it a node recognises itself in a list of peers."""
+    size: int
+    kind: LayoutKind
+    toc_offset: int | None
+    """Where the last piece of a toc layout starts: a hint that saves reading the footer."""
+    held: PieceMask
+    is_whole: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TagNews:
+    """Where a node last saw a tag point, and how many seconds ago."""
+
+    digest: Digest
+    media_type: str
+    size: int
+    age_s: float
+
+
+class _WireHolding(msgspec.Struct, array_like=True):
+    node: str
+    size: int
+    kind: str
+    toc_offset: int | None
+    count: int
+    mask: bytes
+    whole: bool
+
+
+class _WireTag(msgspec.Struct, array_like=True):
+    digest: str
+    media_type: str
+    size: int
+    age_s: float
+
+
+_HOLDING: Final = msgspec.msgpack.Decoder(_WireHolding)
+_TAG: Final = msgspec.msgpack.Decoder(_WireTag)
+
+
+def encode_holding(holding: Holding) -> bytes:
+    """Return the body that says *holding*."""
+    mask = b"" if holding.is_whole else holding.held.to_bytes()
+    return msgspec.msgpack.encode(
+        _WireHolding(
+            holding.node,
+            holding.size,
+            holding.kind.value,
+            holding.toc_offset,
+            holding.held.count,
+            mask,
+            holding.is_whole,
+        )
+    )
+
+
+def decode_holding(body: bytes) -> Holding:
+    """The inverse of `encode_holding`. Raises `FormatError`."""
+    try:
+        wire = _HOLDING.decode(body)
+        kind = LayoutKind(wire.kind)
+        fewest = 1 if wire.size else 0
+        if wire.size > MAX_BLOB_SIZE or not fewest <= wire.count <= min(_MAX_PIECES, wire.size):
+            raise ValueError(f"{wire.count} pieces of {wire.size} bytes")
+        if wire.toc_offset is not None and not 0 <= wire.toc_offset < wire.size:
+            raise ValueError(f"TOC at {wire.toc_offset} of {wire.size} bytes")
+        held = (
+            PieceMask.full(wire.count)
+            if wire.whole
+            else PieceMask.from_bytes(wire.count, wire.mask)
+        )
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise FormatError(f"not a holding: {error}") from error
+    return Holding(wire.node, wire.size, kind, wire.toc_offset, held, wire.whole)
+
+
+def encode_tag(news: TagNews) -> bytes:
+    """Return the body that says *news*."""
+    return msgspec.msgpack.encode(
+        _WireTag(str(news.digest), news.media_type, news.size, news.age_s)
+    )
+
+
+def decode_tag(body: bytes) -> TagNews:
+    """The inverse of `encode_tag`. Raises `FormatError`."""
+    try:
+        wire = _TAG.decode(body)
+        if not 0 <= wire.size <= MAX_BLOB_SIZE or not 0 <= wire.age_s < math.inf:
+            raise ValueError("no such size or age")
+        # It becomes a header's value.
+        if not _MEDIA_TYPE.fullmatch(wire.media_type):
+            raise ValueError("not a media type")
+        return TagNews(Digest.parse(wire.digest), wire.media_type, wire.size, wire.age_s)
+    except (msgspec.MsgspecError, ValueError, RecursionError, BadDigest) as error:
+        raise FormatError(f"not a tag's news: {error}") from error
