@@ -1,0 +1,614 @@
+"""One blob: what is known of its pieces, and reading, writing, proving and dropping them.
+
+Hides the life of a piece. The rules: states change on the event loop only, after the change is
+committed when bytes begin to count, and before the bytes change when they cease to; a piece has at
+most one change under way; what is handed out was checked against its hash in this process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import os
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain, islice
+from typing import Final, Protocol, TypeVar
+
+import xxhash
+
+from p2pcache.core.errors import StoreCorrupt, StoreError, StoreFull, StoreLacksPiece
+from p2pcache.core.layout import Layout, PieceMask, PieceState
+from p2pcache.core.ranges import ByteRange
+from p2pcache.store.catalog import BlobRecord, Catalog
+from p2pcache.store.files import DataFiles, OpenFile
+from p2pcache.store.writer import Job
+
+# A piece that was checked so recently is not hashed again: rot is slow, reads are not.
+RECHECK_AFTER_S: Final = 60.0
+# A disk that takes longer over one read or write is no use to a client that is waiting.
+PATIENCE_S: Final = 10.0
+# Slower than this, even reading a whole blob to prove it counts as a disk that hangs.
+_SLOWEST_DISK: Final = 5 << 20
+# Above this, copying on the event loop would hold up everybody else (1 MiB: some 100 µs).
+READ_NOW_LIMIT: Final = 1 << 20
+_DIGEST_BLOCK: Final = 4 << 20
+_NEVER: Final = float("-inf")
+_HELD: Final = int(PieceState.HELD_UPSTREAM)
+# Which bytes are worth more: a write never replaces a piece by one of the same or a lower rank.
+_RANK: Final = (0, 2, 1, 3, 3)
+
+T = TypeVar("T")
+
+
+class Row:
+    """A blob's row in the catalogue. *is_open* belongs to the writer's thread.
+
+    It is true while pieces may be written under this row: not before the blob is entered, not once
+    it is taken out, and not when pieces could not be taken out.
+    """
+
+    __slots__ = ("is_open", "number")
+
+    def __init__(self, number: int, *, is_open: bool) -> None:
+        self.number = number
+        self.is_open = is_open
+
+
+class Owner(Protocol):
+    """What a blob needs of its store."""
+
+    files: DataFiles
+    clock: Callable[[], float]
+    scratch: memoryview
+    read_flags: int
+
+    @property
+    def is_writer(self) -> bool:
+        """This process has the lock."""
+
+    def require_writer(self) -> None:
+        """Raise `StoreFull` unless this process has the lock."""
+
+    def note_pinned(self, blob: StoredBlob) -> None:
+        """The blob is read or written from now on."""
+
+    def note_unpinned(self, blob: StoredBlob) -> None:
+        """Nobody reads or writes it any more."""
+
+    async def in_thread(self, call: Callable[[], T], *, patience_s: float = PATIENCE_S) -> T:
+        """Run *call*, which only reads, on a thread. Raises `StoreError` if it takes too long."""
+
+    async def admit(self) -> None:
+        """Wait for a place in the writer's queue. Raises `StoreFull`."""
+
+    def leave(self) -> None:
+        """Give the place up."""
+
+    def take_room(self, size: int, blob: StoredBlob) -> None:
+        """Count *size* bytes for *blob*, evicting others. Raises `StoreFull`."""
+
+    def give_room(self, size: int, blob: StoredBlob) -> None:
+        """Count *size* bytes less."""
+
+    def submit(self, job: Job) -> asyncio.Future[StoreFull | None]:
+        """Queue *job*; the future is done after its `settle`. Raises `StoreFull`."""
+
+    def note_open(self, blob: StoredBlob) -> None:
+        """The blob has a descriptor open now."""
+
+    def note_rot(self, blob: StoredBlob, pieces: list[int]) -> None:
+        """Pieces did not match their hash."""
+
+    def lose(self, blob: StoredBlob) -> None:
+        """The blob's file is not there."""
+
+
+class StoredBlob:
+    """The pieces of one blob on disk."""
+
+    __slots__ = (
+        "__weakref__",
+        "_busy",
+        "_changes",
+        "_checked_until",
+        "_count",
+        "_file",
+        "_hashes",
+        "_masks",
+        "_owner",
+        "_proving",
+        "_starts",
+        "_states",
+        "_whole",
+        "digest",
+        "is_gone",
+        "last_used",
+        "layout",
+        "pins",
+        "room",
+        "row",
+        "toc_digest",
+    )
+
+    def __init__(self, owner: Owner, row: Row, record: BlobRecord) -> None:
+        self._owner = owner
+        self.row = row
+        self.digest = record.digest
+        self.layout = record.layout
+        self.toc_digest = record.toc_digest
+        self.last_used = record.used
+        self.pins = 0
+        """Eviction keeps off while this is above zero."""
+        self.room = _stored(record.layout, record.states)
+        """The bytes that count against the budget: stored, or being written."""
+        self.is_gone = False
+        """Evicted, forgotten or replaced: everything is absent, nothing can be written."""
+        self._count = record.layout.count
+        self._starts = record.layout.starts
+        self._hashes = record.hashes
+        self._states = record.states
+        self._whole = record.is_whole
+        self._checked_until = array("d", (_NEVER,)) * self._count
+        self._file: OpenFile | None = None
+        self._masks: dict[tuple[PieceState, ...], PieceMask] = {}
+        self._busy: dict[int, asyncio.Future[StoreFull | None]] = {}
+        self._proving: asyncio.Future[None] | None = None
+        # Counts what puts every piece in doubt at once.
+        self._changes = 0
+
+    def __repr__(self) -> str:
+        return f"<StoredBlob {self.digest.short} {len(self.held)}/{self._count}>"
+
+    @property
+    def is_whole(self) -> bool:
+        """Its own digest matched: every byte is proven, bit for bit."""
+        return self._whole
+
+    @property
+    def is_complete(self) -> bool:
+        """Every piece is on disk, proven or not."""
+        return 0 not in self._states and not self.is_gone
+
+    @property
+    def held(self) -> PieceMask:
+        """The proven pieces: all of them if whole."""
+        return self.pieces_in(PieceState.HELD_UPSTREAM, PieceState.HELD_PEER)
+
+    @property
+    def staged(self) -> PieceMask:
+        """The pieces on disk that are not proven."""
+        return self.pieces_in(PieceState.STAGED_UPSTREAM, PieceState.STAGED_PEER)
+
+    def pieces_in(self, *states: PieceState) -> PieceMask:
+        """The pieces in any of *states*."""
+        mask = self._masks.get(states)
+        if mask is None:
+            digits = bytearray(b"0" * 256)
+            for state in states:
+                digits[state] = 0x31
+            # As a number in base two, the last piece is its first digit.
+            bits = int(self._states[::-1].translate(digits), 2) if self._count else 0
+            mask = self._masks[states] = PieceMask(self._count, bits)
+        return mask
+
+    def state_of(self, piece: int) -> PieceState:
+        """The state of one piece."""
+        return PieceState(self._states[piece])
+
+    def hash_of(self, piece: int) -> int:
+        """The xxh3_64 of a present piece."""
+        return self._hashes[piece]
+
+    @contextmanager
+    def reading(self) -> Iterator[StoredBlob]:
+        """While open, the blob is not evicted."""
+        self.pin()
+        try:
+            yield self
+        finally:
+            self.unpin()
+
+    def pin(self) -> None:
+        """Keep eviction off until `unpin`."""
+        self.pins += 1
+        if self.pins == 1:
+            self._owner.note_pinned(self)
+
+    def unpin(self) -> None:
+        """The end of one `pin`."""
+        self.pins -= 1
+        if not self.pins:
+            self._owner.note_unpinned(self)
+
+    def read_held_now(self, start: int, stop: int) -> bytes | None:
+        """Return held bytes without waiting, or None if that takes a disk or a check."""
+        file = self._file
+        size = stop - start
+        if file is None or size > READ_NOW_LIMIT:
+            return None
+        owner = self._owner
+        now = owner.clock()
+        starts, states, checked_until = self._starts, self._states, self._checked_until
+        piece = bisect_right(starts, start) - 1
+        if checked_until[piece] < now or states[piece] < _HELD:
+            return None
+        piece += 1
+        while piece < self._count and starts[piece] < stop:
+            if checked_until[piece] < now or states[piece] < _HELD:
+                return None
+            piece += 1
+        self.last_used = now
+        view = owner.scratch[:size]
+        try:
+            if os.preadv(file.fd, (view,), start, owner.read_flags) != size:
+                return None
+        except BlockingIOError:
+            return None  # Not in the page cache.
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL) or not owner.read_flags:
+                return None  # The waiting way finds out what is wrong.
+            owner.read_flags = 0  # A file system without RWF_NOWAIT: rather wait than hop threads.
+            return self.read_held_now(start, stop)
+        return bytes(view)
+
+    async def read(self, part: ByteRange, *, staged: bool = False) -> bytes:
+        """Return bytes whose pieces are present, checked against their hashes.
+
+        Staged pieces only if *staged*. Raises `StoreCorrupt` after dropping a rotten piece,
+        `StoreLacksPiece` if one is not there, `StoreError` if the disk fails.
+        """
+        pieces = self.layout.covering(part)
+        lowest = 1 if staged else _HELD
+        with self.reading():
+            while True:
+                for piece in pieces:
+                    if self._states[piece] < lowest:
+                        raise StoreLacksPiece(str(self.digest), piece)
+                now = self.last_used = self._owner.clock()
+                unchecked = [p for p in pieces if self._checked_until[p] < now]
+                before = self._hashes[pieces.start : pieces.stop]
+                changes = self._changes
+                data, rotten = await self._read_checked(part, pieces, unchecked)
+                if (
+                    changes == self._changes
+                    and before == self._hashes[pieces.start : pieces.stop]
+                    and min(self._states[pieces.start : pieces.stop]) >= lowest
+                ):
+                    break
+                # A piece was dropped or replaced meanwhile: these bytes may be a mixture. A piece
+                # changes a few times in its life, so this ends.
+            if rotten:
+                self._owner.note_rot(self, rotten)
+                await self.drop(rotten)
+                raise StoreCorrupt(str(self.digest), rotten[0])
+            self._note_checked(unchecked, now)
+            return data
+
+    async def write(self, piece: int, data: bytes | memoryview, state: PieceState) -> None:
+        """Store a piece; it survives a crash once this returns.
+
+        What is there stays if it is worth as much: held pieces always, staged ones unless *state*
+        is a better one. *data* must not change until this returns, or was cancelled and is settled.
+        Raises `StoreFull`.
+        """
+        part = self.layout.range_of(piece)
+        if len(data) != len(part) or state is PieceState.ABSENT:
+            raise ValueError(f"{len(data)} bytes, {state.name} for {part}")
+        owner = self._owner
+        await owner.admit()
+        try:
+            await self._until_settled(lambda: self._busy.get(piece))
+            old = self._states[piece]
+            if _RANK[state] <= _RANK[old]:
+                owner.leave()
+                return
+            if self.is_gone:
+                raise StoreFull("the blob was evicted")
+            # A blob that is being written is pinned: room never comes from itself.
+            self.pin()
+            try:
+                owner.require_writer()
+                if not old:
+                    owner.take_room(len(part), self)
+            except StoreFull:
+                self.unpin()
+                raise
+            change = owner.submit(self._write_job(piece, part, data, state))
+        except BaseException:
+            owner.leave()
+            raise
+        if old:
+            self._set_absent([piece])
+        self._busy[piece] = change
+        await committed(change)
+
+    def _write_job(
+        self, piece: int, part: ByteRange, data: bytes | memoryview, state: PieceState
+    ) -> Job:
+        row, files, digest = self.row, self._owner.files, self.digest
+        hash_ = 0
+
+        def run(catalog: Catalog) -> None:
+            nonlocal hash_
+            if not row.is_open:
+                raise OSError(errno.EIO, "the blob could not be entered")
+            hash_ = xxhash.xxh3_64_intdigest(data)
+            files.write(digest, data, part.start)
+            catalog.put_piece(row.number, piece, hash_, state)
+
+        def settle(error: StoreFull | None) -> None:
+            self.unpin()
+            self._owner.leave()
+            del self._busy[piece]
+            if self.is_gone:
+                return
+            if error is not None:
+                self._owner.give_room(len(part), self)
+                return
+            self._hashes[piece] = hash_
+            self._states[piece] = state
+            self._masks.clear()
+            self.last_used = self._owner.clock()
+            self._note_checked([piece], self.last_used)
+
+        return Job(run, settle, weight=len(data))
+
+    async def confirm_whole(self) -> bool:
+        """Check the digest of a blob whose pieces are all present, and mark it whole if right.
+
+        False changes nothing: what to drop is for the caller to decide. Raises `StoreLacksPiece`,
+        `StoreCorrupt` if the disk and not the sender spoiled a piece, and `StoreFull`.
+        """
+        with self.reading():
+            await self._until_settled(lambda: next(iter(self._busy.values()), None))
+            if self._whole:
+                return True
+            self._owner.require_writer()
+            if (lacking := self._states.find(0)) >= 0 or self.is_gone:
+                raise StoreLacksPiece(str(self.digest), max(lacking, 0))
+            # Writes to this blob wait: what is hashed is what becomes held.
+            proving = self._proving = asyncio.get_running_loop().create_future()
+            try:
+                return await self._prove()
+            finally:
+                self._proving = None
+                proving.set_result(None)
+
+    async def _prove(self) -> bool:
+        file = await self._opened()
+        matches, rotten = await self._owner.in_thread(
+            lambda: self._digest_of(file),
+            patience_s=PATIENCE_S + self.layout.size / _SLOWEST_DISK,
+        )
+        if (lacking := self._states.find(0)) >= 0 or self.is_gone:  # `drop` does not wait for us.
+            raise StoreLacksPiece(str(self.digest), max(lacking, 0))
+        if rotten:
+            self._owner.note_rot(self, rotten)
+            await self.drop(rotten)
+            raise StoreCorrupt(str(self.digest), rotten[0])
+        self._note_checked(range(self._count), self._owner.clock())
+        if not matches:
+            return False
+        row = self.row
+
+        def run(catalog: Catalog) -> None:
+            if not row.is_open:
+                raise OSError(errno.EIO, "the blob could not be entered")
+            catalog.mark_whole(row.number)
+
+        def settle(error: StoreFull | None) -> None:
+            if error is not None or self.is_gone:
+                return
+            # Pieces that were dropped since are absent by now: the rest is proven all the same.
+            for piece, state in enumerate(self._states):
+                if 0 < state < _HELD:
+                    self._states[piece] = state + 2
+            self._whole = 0 not in self._states
+            self._masks.clear()
+
+        await committed(self._owner.submit(Job(run, settle)))
+        return self._whole
+
+    def _digest_of(self, file: OpenFile) -> tuple[bool, list[int]]:
+        """Read the whole file once, for its own digest and every piece's. On a thread."""
+        whole = hashlib.new(self.digest.algorithm)
+        rotten = []
+        for pieces in _runs(self.layout, _DIGEST_BLOCK):
+            span = self.layout.span(pieces)
+            data = memoryview(_pread(file, span))
+            whole.update(data)
+            rotten += self._rotten(data, span.start, pieces)
+        return whole.hexdigest() == self.digest.encoded, rotten
+
+    async def drop(self, pieces: Iterable[int]) -> None:
+        """Forget *pieces*. Absent ones are no error."""
+        wanted = set(pieces)
+        await self._until_settled(
+            lambda: next((f for p, f in self._busy.items() if p in wanted), None), proof=False
+        )
+        present = [piece for piece in sorted(wanted) if self._states[piece]]
+        if not present:
+            return
+        self._whole = False
+        self._set_absent(present)
+        self._owner.give_room(sum(len(self.layout.range_of(p)) for p in present), self)
+        if not self._owner.is_writer:
+            return
+        row = self.row
+
+        def run(catalog: Catalog) -> None:
+            catalog.remove_pieces(row.number, present)
+
+        def cleanup(error: StoreFull | None) -> None:
+            # The rows must be gone before other bytes take the place of these. If they are not,
+            # nothing more is written here, until a restart finds what does not match.
+            row.is_open = row.is_open and error is None
+
+        try:
+            await committed(self._owner.submit(Job(run, lambda error: None, cleanup=cleanup)))
+        except StoreFull:
+            return  # Dropped as far as anybody can see; the hash finds it after a restart.
+
+    def vanish(self) -> None:
+        """It is no longer in the store. Called on the event loop, by the store."""
+        self.is_gone = True
+        self._whole = False
+        self._set_absent(range(self._count))
+        self._changes += 1
+        self._file = None
+
+    def refresh(self, record: BlobRecord) -> None:
+        """Take over what another process committed; nothing of it was checked by this one."""
+        self._states, self._hashes, self._whole = record.states, record.hashes, record.is_whole
+        self.room = _stored(self.layout, self._states)
+        self._masks.clear()
+        self.forget_checks()
+
+    def forget_checks(self) -> None:
+        """Somebody else may change the bytes from now on: check at every read."""
+        self._changes += 1
+        self._checked_until = array("d", (_NEVER,)) * self._count
+
+    def close_file(self) -> None:
+        """Let the descriptor go. Threads that read from it keep it open until they are done."""
+        self._file = None
+
+    @property
+    def has_file(self) -> bool:
+        """A descriptor is open."""
+        return self._file is not None
+
+    def _set_absent(self, pieces: Iterable[int]) -> None:
+        for piece in pieces:
+            self._states[piece] = 0
+            self._checked_until[piece] = _NEVER
+        self._masks.clear()
+
+    def _note_checked(self, pieces: Iterable[int], now: float) -> None:
+        # Without the lock, another process may change the bytes after any check.
+        if self._owner.is_writer:
+            for piece in pieces:
+                self._checked_until[piece] = now + RECHECK_AFTER_S
+
+    async def _until_settled(
+        self, find: Callable[[], asyncio.Future[StoreFull | None] | None], *, proof: bool = True
+    ) -> None:
+        """Wait until *find* finds no change under way, nor a proof if that matters.
+
+        Raises `StoreFull`.
+        """
+        while (change := (self._proving if proof else None) or find()) is not None:
+            done, _ = await asyncio.wait((change,), timeout=PATIENCE_S)
+            if not done:
+                raise StoreFull("a change of the blob is still under way")
+
+    async def _opened(self) -> OpenFile:
+        if (file := self._file) is None:
+            try:
+                file = await self._owner.in_thread(lambda: self._owner.files.open(self.digest))
+            except FileNotFoundError as error:
+                self._owner.lose(self)
+                raise StoreLacksPiece(str(self.digest), 0, "has lost its file") from error
+            except OSError as error:
+                raise StoreError(f"cannot open {self.digest}: {error.strerror}") from error
+            if not self.is_gone:
+                self._file = file
+                self._owner.note_open(self)
+        return file
+
+    async def _read_checked(
+        self, part: ByteRange, pieces: range, unchecked: list[int]
+    ) -> tuple[bytes, list[int]]:
+        file = await self._opened()
+
+        def call() -> tuple[bytes, list[int]]:
+            if not unchecked:
+                data = _pread(file, part)
+                # Shorter than it should be: find out where.
+                return data, [] if len(data) == len(part) else self._find_rot(file, pieces)
+            # Whole pieces, read once: what is checked is what is handed out.
+            span = self.layout.span(pieces)
+            data = _pread(file, span)
+            if len(data) != len(span):
+                return b"", self._find_rot(file, pieces)
+            rotten = self._rotten(memoryview(data), span.start, unchecked)
+            if len(span) == len(part):
+                return data, rotten
+            return data[part.start - span.start : part.stop - span.start], rotten
+
+        return await self._owner.in_thread(call)
+
+    def _find_rot(self, file: OpenFile, pieces: range) -> list[int]:
+        """Say which of *pieces*, read one by one, are to blame for a read that came short."""
+        return [
+            piece
+            for piece in pieces
+            if self._rotten(
+                memoryview(_pread(file, part := self.layout.range_of(piece))), part.start, (piece,)
+            )
+        ] or list(pieces)
+
+    def _rotten(self, data: memoryview, base: int, pieces: Iterable[int]) -> list[int]:
+        """Those of *pieces* that do not match their hash, *data* being the bytes from *base* on."""
+        wrong = []
+        for piece in pieces:
+            part = self.layout.range_of(piece)
+            stored = data[part.start - base : part.stop - base]
+            if len(stored) != len(part) or xxhash.xxh3_64_intdigest(stored) != self._hashes[piece]:
+                wrong.append(piece)
+        return wrong
+
+
+def _pread(file: OpenFile, part: ByteRange) -> bytes:
+    """Read *part*: shorter where the file ends or the disk cannot read on."""
+    try:
+        data = os.pread(file.fd, len(part), part.start)
+        while data and len(data) < len(part):
+            more = os.pread(file.fd, len(part) - len(data), part.start + len(data))
+            if not more:
+                break
+            data += more
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise StoreError(f"cannot read: {error.strerror}") from error
+        return b""  # A dead block: the piece is as good as rotten.
+    return data
+
+
+def _runs(layout: Layout, size: int) -> Iterator[range]:
+    """Cut the pieces into runs of about *size* bytes, at least one piece each."""
+    first = 0
+    while first < layout.count:
+        stop = layout.starts[first] + size
+        after = bisect_right(layout.starts, stop) - 1 if stop < layout.size else layout.count
+        yield range(first, max(after, first + 1))
+        first = max(after, first + 1)
+
+
+def _stored(layout: Layout, states: bytearray) -> int:
+    """How many bytes the pieces have that are there."""
+    if 0 not in states:
+        return layout.size
+    stops = chain(islice(layout.starts, 1, None), (layout.size,))
+    return sum(
+        stop - start
+        for start, stop, state in zip(layout.starts, stops, states, strict=True)
+        if state
+    )
+
+
+async def committed(change: asyncio.Future[StoreFull | None]) -> None:
+    """Wait for a submitted job. Raises `StoreFull`.
+
+    Whoever gives up waiting, for impatience or because it is cancelled, takes nothing back: the
+    job runs all the same, and its `settle` is called.
+    """
+    done, _ = await asyncio.wait((change,), timeout=PATIENCE_S)
+    if not done:
+        raise StoreFull("the disk does not keep up")
+    if (error := change.result()) is not None:
+        raise StoreFull(str(error))
