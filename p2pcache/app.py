@@ -1,0 +1,191 @@
+"""Builds a node from its configuration, runs it, and takes it down again in order.
+
+The composition root: the only place that knows every part.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Final
+
+import uvloop
+from aiohttp import web
+
+from p2pcache import __version__
+from p2pcache.config import Address, Config
+from p2pcache.core.errors import P2PCacheError
+from p2pcache.logs import set_up_logging
+from p2pcache.metrics import Metrics
+from p2pcache.mirror.service import Mirror
+from p2pcache.peers.client import peer_session
+from p2pcache.peers.neighbours import StaticNeighbours
+from p2pcache.server.listeners import Listener
+from p2pcache.server.mirror_api import MirrorApi
+from p2pcache.server.peer_api import PeerApi
+from p2pcache.server.short_path import ShortPathServer
+from p2pcache.server.status_api import StatusApi
+from p2pcache.store import Store
+from p2pcache.tasks import cancelled_at_exit
+from p2pcache.upstream.client import Upstream
+from p2pcache.upstream.endpoint import UpstreamConfig
+
+logger = logging.getLogger(__name__)
+
+# Proof is inflating and hashing, which let go of the interpreter lock.
+_PROOF_THREADS: Final = 2
+
+
+def serve(config: Config) -> int:
+    """Run a node until it is told to stop; return the exit status."""
+    set_up_logging(config.log_format, config.log_level)
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(config))
+    except P2PCacheError as error:
+        logger.error("node.failed", extra={"reason": str(error)})
+        return 1
+    return 0
+
+
+async def _serve(config: Config) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with open_node(config) as node:
+        await stop.wait()
+        logger.info("node.stopping")
+        await node.drain(config.drain_timeout_s)
+    logger.info("node.stopped")
+
+
+@dataclass(slots=True)
+class Node:
+    """A running node."""
+
+    store: Store
+    metrics: Metrics
+    clients: list[Listener]
+    """The mirror's listeners."""
+    peers: Listener
+    status: Listener
+    stopping: asyncio.Event
+    """Set once it takes no more work."""
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no more work, let another process take the store over, finish what has begun."""
+        self.stopping.set()
+        self.store.release_writer()
+        listeners = [*self.clients, self.peers]
+        for listener in listeners:
+            listener.stop_accepting()
+        async with asyncio.TaskGroup() as tasks:
+            for listener in listeners:
+                tasks.create_task(listener.close(timeout_s))
+
+
+@asynccontextmanager
+async def open_node(config: Config) -> AsyncIterator[Node]:
+    """Build a node and have it listen. Raises `ConfigError` or `StoreError`."""
+    async with AsyncExitStack() as resources:
+        metrics = Metrics()
+        proofs = ThreadPoolExecutor(_PROOF_THREADS, thread_name_prefix="proof")
+        resources.callback(proofs.shutdown, wait=True, cancel_futures=True)
+        store = await resources.enter_async_context(Store(config.store, config.store_size))
+        session = await resources.enter_async_context(peer_session())
+        upstream = await resources.enter_async_context(
+            Upstream(
+                UpstreamConfig(
+                    endpoints=config.upstream,
+                    ca_file=config.upstream_ca,
+                    registry_config=config.registry_config,
+                ),
+                on_bytes=lambda registry, count: metrics.fetched_bytes["upstream"].inc(count),
+            )
+        )
+        tasks = await resources.enter_async_context(cancelled_at_exit())
+        wall_clock = time.time  # noqa: TID251 - handed to those who take the time as an argument
+        neighbours = StaticNeighbours(
+            config.peers,
+            config.node_name,
+            session,
+            config.cluster_secret,
+            metrics,
+            now=wall_clock,
+        )
+        mirror = Mirror(
+            tasks,
+            store,
+            store.memory,
+            neighbours,
+            upstream,
+            metrics,
+            proofs,
+            tag_max_age_s=config.tag_max_age_s,
+            now=wall_clock,
+        )
+        clients = [
+            Listener(
+                address,
+                ShortPathServer(MirrorApi(mirror, metrics, registry).handle, store, metrics),
+            )
+            for registry, address in [(None, config.mirror_listen), *config.mirror_for.items()]
+        ]
+        peer_api = PeerApi(
+            config.node_name,
+            store,
+            store.memory,
+            metrics,
+            config.cluster_secret,
+            now=wall_clock,
+        )
+        peers = Listener(_peer_address(config), web.Server(peer_api.handle, access_log=None))
+
+        stopping = asyncio.Event()
+
+        def refresh() -> None:
+            metrics.store_bytes.set(store.used)
+            metrics.store_budget_bytes.set(store.budget)
+            metrics.store_blobs.set(store.blob_count)
+
+        checks = {"serving": lambda: not stopping.is_set()}
+        status_api = StatusApi(metrics, checks, refresh)
+        status = Listener(config.status_listen, web.Server(status_api.handle, access_log=None))
+        node = Node(store, metrics, clients, peers, status, stopping)
+        for listener in (*clients, peers, status):
+            resources.push_async_callback(listener.close, 1.0)
+            await listener.open()
+        logger.info(
+            "node.ready",
+            extra={
+                "version": __version__,
+                "node": config.node_name,
+                "mirror": str(config.mirror_listen),
+                "peers": str(peers.address),
+                "status": str(config.status_listen),
+                "known_peers": len(config.peers),
+                "store": str(config.store),
+                "store_blobs": store.blob_count,
+                "store_bytes": store.used,
+            },
+        )
+        yield node
+
+
+def _peer_address(config: Config) -> Address:
+    """Where peers are served: without a secret only to this machine."""
+    address = config.peer_listen
+    if config.cluster_secret is not None or address.is_loopback:
+        return address
+    logger.warning(
+        "peers.loopback_only",
+        extra={"hint": "give all nodes the same --cluster-secret-file to share between them"},
+    )
+    return Address("::1" if ":" in address.host else "127.0.0.1", address.port)

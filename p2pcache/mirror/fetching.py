@@ -1,0 +1,488 @@
+"""Getting pieces: from peers first, the upstream last, one fetch however many readers wait.
+
+Hides the choice of sources, hedging, proof, and storing. The rules it keeps: a piece from a peer
+becomes readable only when proven or when the whole blob is; a fetch belongs to the mirror and not
+to a reader, so that a reader who leaves cancels nothing; every reader's wait ends, with bytes or
+with an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final
+
+from p2pcache.core.errors import (
+    BlobUnavailable,
+    FormatError,
+    IntegrityError,
+    SourceError,
+    SourceLacksBlob,
+    SourceRefused,
+    StoreError,
+)
+from p2pcache.core.layout import Layout, LayoutKind, PieceMask, PieceState
+from p2pcache.core.model import Digest, Repository
+from p2pcache.core.plan import Run, assign
+from p2pcache.core.proof import find_flaw
+from p2pcache.core.ranges import ByteRange
+from p2pcache.core.toc import Toc, open_tail
+from p2pcache.metrics import Metrics
+from p2pcache.ports import Neighbours, Offer, Peer, StoredBlob, Upstream
+
+logger = logging.getLogger(__name__)
+
+# A client that waits is a container that waits: a source that sends nothing for so long is
+# overtaken by another one. Peers say themselves how fast they usually are.
+UPSTREAM_HEDGE_S: Final = 1.5
+
+# While all sources fail, a blob that a container may already live on is worth more patience than
+# one that a client could still get elsewhere. Both stay well below the 30 s after which
+# stargz-snapshotter gives a read up.
+PATIENCE_S: Final = 12.0
+SHORT_PATIENCE_S: Final = 1.0
+_FIRST_RETRY_S: Final = 0.1
+_MAX_RETRY_S: Final = 2.0
+# How often a race that is stalled with no further source to ask looks again.
+_STALL_POLL_S: Final = 1.0
+
+MAX_BYTES_IN_FLIGHT: Final = 256 << 20
+
+
+class Origin(Enum):
+    """Where a piece came from. The value is the metrics label."""
+
+    LOCAL = "local"
+    PEER = "peer"
+    UPSTREAM = "upstream"
+
+
+class PieceData:
+    """A fetched piece, in memory until the store has it."""
+
+    __slots__ = ("data", "kept", "origin")
+
+    def __init__(self, data: bytes, origin: Origin) -> None:
+        self.data: bytes | None = data
+        self.origin = origin
+        self.kept: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        """Ends once the store has it, or with False if there is no room."""
+
+
+class TocUnusable(IntegrityError):
+    """The upstream's own bytes do not match the table of contents: read the blob without it."""
+
+
+@dataclass(slots=True, eq=False)
+class ActiveBlob:
+    """A blob that is being read or served. *stored* is None if the store has no room for it."""
+
+    digest: Digest
+    layout: Layout
+    repository: Repository | None
+    """Where the upstream has it; None if only peers can be asked."""
+    stored: StoredBlob | None
+    toc_digest: Digest | None
+    toc: Toc | None
+    inflight: dict[int, asyncio.Future[PieceData]] = field(default_factory=dict)
+    contributors: dict[int, Peer] = field(default_factory=dict)
+    """Who delivered the pieces that are not proven bit for bit."""
+    upstream_flaws: int = 0
+    """How often the upstream's own bytes did not match the table of contents."""
+    assembly: asyncio.Future[None] | None = None
+    """Set while somebody gathers the whole blob to check its digest."""
+    readers: int = 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Its own digest matched."""
+        return self.stored is not None and self.stored.is_whole
+
+    def state_of(self, piece: int) -> PieceState:
+        """What is on disk of *piece*."""
+        return PieceState.ABSENT if self.stored is None else self.stored.state_of(piece)
+
+
+class ByteBudget:
+    """A bound on bytes in memory: first come, first served."""
+
+    def __init__(self, total: int) -> None:
+        self._free = self._total = total
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    async def acquire(self, count: int) -> int:
+        """Wait for *count* bytes, or all there are if that is less; return how many were taken."""
+        count = min(count, self._total)
+        if not self._waiting and self._free >= count:
+            self._free -= count
+            return count
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        entry = (count, future)
+        self._waiting.append(entry)
+        try:
+            await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled():
+                self.release(count)
+            else:
+                self._waiting.remove(entry)
+            raise
+        return count
+
+    def release(self, count: int) -> None:
+        """Give *count* bytes back."""
+        self._free += count
+        while self._waiting and self._waiting[0][0] <= self._free:
+            size, future = self._waiting.popleft()
+            if not future.done():
+                self._free -= size
+                future.set_result(None)
+
+
+class Fetcher:
+    """Fetches pieces of active blobs. Owned by the mirror; its tasks live in *tasks*."""
+
+    def __init__(
+        self,
+        tasks: asyncio.TaskGroup,
+        neighbours: Neighbours,
+        upstream: Upstream,
+        metrics: Metrics,
+        proofs: ThreadPoolExecutor,
+    ) -> None:
+        self._tasks = tasks
+        self._neighbours = neighbours
+        self._upstream = upstream
+        self._metrics = metrics
+        self._proofs = proofs
+        self._budget = ByteBudget(MAX_BYTES_IN_FLIGHT)
+        self.on_complete: Callable[[ActiveBlob], None] = lambda blob: None
+        """Called when the last piece of a blob has been stored."""
+
+    def start(
+        self, blob: ActiveBlob, pieces: Sequence[int], *, ask_peers: bool = True
+    ) -> dict[int, asyncio.Future[PieceData]]:
+        """See to it that the absent *pieces* are being fetched; return what to wait for.
+
+        Futures end with the piece, with `BlobUnavailable`, or with `TocUnusable`. With
+        *ask_peers* off a new fetch goes to the upstream alone; one under way is shared whoever
+        it asks, so look at the origin.
+        """
+        loop = asyncio.get_running_loop()
+        missing = [piece for piece in pieces if piece not in blob.inflight]
+        for piece in missing:
+            future: asyncio.Future[PieceData] = loop.create_future()
+            future.add_done_callback(_mark_retrieved)
+            blob.inflight[piece] = future
+        if missing:
+            self._tasks.create_task(self._fetch(blob, missing, ask_peers))
+        return {piece: blob.inflight[piece] for piece in pieces}
+
+    async def _fetch(self, blob: ActiveBlob, pieces: list[int], ask_peers: bool) -> None:
+        """Fetch *pieces*, again and again within the patience that the blob deserves."""
+        futures = {piece: blob.inflight[piece] for piece in pieces}
+        loop = asyncio.get_running_loop()
+        patience = PATIENCE_S if blob.stored and len(blob.stored.held) else SHORT_PATIENCE_S
+        deadline = loop.time() + patience
+        delay = _FIRST_RETRY_S
+        try:
+            if blob.toc_digest and pieces != [blob.layout.count - 1]:
+                await self.toc_of(blob)  # before any memory is claimed: its fetch claims some too
+            while True:
+                failures = await self._fetch_once(blob, pieces, ask_peers)
+                pieces = [piece for piece in pieces if not futures[piece].done()]
+                if not pieces:
+                    return
+                hopeless = all(isinstance(f, SourceLacksBlob | SourceRefused) for f in failures)
+                if hopeless or loop.time() + delay > deadline:
+                    for piece in pieces:
+                        futures[piece].set_exception(_unavailable(blob, failures))
+                    return
+                await asyncio.sleep(delay)
+                delay = min(2 * delay, _MAX_RETRY_S)
+        except BlobUnavailable as error:
+            logger.info("toc.unavailable", extra={"digest": str(blob.digest), "reason": str(error)})
+        except Exception:  # the one place where a bug in a fetch ends, and it is logged
+            logger.exception("fetch.broken", extra={"digest": str(blob.digest)})
+        finally:
+            for piece, future in futures.items():
+                del blob.inflight[piece]
+                if not future.done():
+                    future.set_exception(_unavailable(blob, []))
+
+    async def _fetch_once(
+        self, blob: ActiveBlob, pieces: list[int], ask_peers: bool
+    ) -> list[SourceError]:
+        """Ask every source once for what is missing; return why some of them failed."""
+        holders: list[tuple[Peer, PieceMask]] = []
+        if ask_peers:
+            wanted = PieceMask.of(blob.layout.count, pieces)
+            offers = await self._neighbours.find(blob.digest, wanted)
+            holders = [(offer.peer, mask) for offer in offers if (mask := usable_mask(offer, blob))]
+        failures: list[SourceError] = []
+        async with asyncio.TaskGroup() as runs:
+            for run in assign(pieces, blob.layout, holders):
+                runs.create_task(self._fetch_run(blob, run, failures))
+        if not failures:
+            failures.append(SourceLacksBlob("all peers", "no source holds it"))
+        return failures
+
+    async def _fetch_run(
+        self, blob: ActiveBlob, run: Run[Peer], failures: list[SourceError]
+    ) -> None:
+        """Ask the sources of *run* in turn; one that makes no progress is overtaken."""
+        taken = await self._budget.acquire(len(blob.layout.span(run.pieces)))
+        race = _Race(blob, run)
+        sources = [*run.peers, None] if blob.repository else list(run.peers)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                running: set[asyncio.Task[None]] = set()
+                while not race.is_over:
+                    running = {task for task in running if not task.done()}
+                    if len(running) < 2 and sources and (not running or race.is_stalled):
+                        if running:
+                            self._metrics.hedges.inc()
+                        attempt = self._attempt(race, sources.pop(0), tasks, failures)
+                        running.add(tasks.create_task(attempt))
+                    elif not running:
+                        break
+                    await race.wait_for_news()
+                for task in running:
+                    task.cancel()
+        finally:
+            self._budget.release(taken)
+
+    async def _attempt(
+        self,
+        race: _Race,
+        peer: Peer | None,
+        stores: asyncio.TaskGroup,
+        failures: list[SourceError],
+    ) -> None:
+        """Read the rest of a run from one source, the upstream if *peer* is None."""
+        source, label = (peer.name, "peer") if peer else ("upstream", "upstream")
+        try:
+            await self._read_run(race, peer, stores)
+        except SourceError as error:
+            failures.append(error)
+            reason = type(error).__name__
+            self._metrics.source_failures.labels(label, reason).inc()
+            logger.info(
+                "source.failed",
+                extra={"source": source, "digest": str(race.blob.digest), "reason": error.reason},
+            )
+            if peer:
+                self._neighbours.note(peer, error)
+        finally:
+            race.tell()
+
+    async def _read_run(self, race: _Race, peer: Peer | None, stores: asyncio.TaskGroup) -> None:
+        blob = race.blob
+        pieces = race.open_pieces()
+        if not pieces:
+            return
+        started = time.perf_counter()
+        race.expect(peer.hedge_after_s if peer else UPSTREAM_HEDGE_S)
+        part = blob.layout.span(pieces)
+        buffer = bytearray()
+        waiting = iter(pieces)
+        piece = next(waiting)
+        size = len(blob.layout.range_of(piece))
+        async with aclosing(self._read(blob, peer, part)) as blocks:
+            async for block in blocks:
+                if peer and not buffer and piece == pieces.start:
+                    self._neighbours.note(peer, time.perf_counter() - started)
+                race.tell(progress=True)
+                buffer += block
+                while len(buffer) >= size:
+                    data = bytes(memoryview(buffer)[:size])
+                    del buffer[:size]
+                    await self._accept(race, piece, data, peer, stores)
+                    if race.is_over or (piece := next(waiting, -1)) < 0:
+                        return
+                    size = len(blob.layout.range_of(piece))
+
+    def _read(
+        self, blob: ActiveBlob, peer: Peer | None, part: ByteRange
+    ) -> AsyncGenerator[bytes, None]:
+        if peer:
+            return peer.read(blob.digest, part)
+        assert blob.repository is not None
+        return self._upstream.read(blob.repository, blob.digest, part, blob.layout.size)
+
+    async def _accept(
+        self,
+        race: _Race,
+        piece: int,
+        data: bytes,
+        peer: Peer | None,
+        stores: asyncio.TaskGroup,
+    ) -> None:
+        """Prove *data*, hand it to the readers, and store it. Raises `IntegrityError`."""
+        blob = race.blob
+        future = blob.inflight.get(piece)
+        if future is None or future.done():
+            return
+        if blob.toc_digest:
+            flaw = await self.prove(blob, piece, data)
+            if flaw:
+                if peer is None:
+                    blob.upstream_flaws += 1
+                    if blob.upstream_flaws > 1 and not future.done():
+                        future.set_exception(TocUnusable("upstream", flaw))
+                source = peer.name if peer else "upstream"
+                raise IntegrityError(source, f"piece {piece}: {flaw}")
+            state = PieceState.HELD_PEER if peer else PieceState.HELD_UPSTREAM
+        else:
+            state = PieceState.STAGED_PEER if peer else PieceState.STAGED_UPSTREAM
+        if future.done():
+            return  # another source was faster while this one was being proven
+        if peer:
+            blob.contributors[piece] = peer
+        result = PieceData(data, Origin.PEER if peer else Origin.UPSTREAM)
+        future.set_result(result)
+        race.tell(progress=True)
+        stores.create_task(self._keep(blob, piece, result, state))
+
+    async def _keep(
+        self, blob: ActiveBlob, piece: int, result: PieceData, state: PieceState
+    ) -> None:
+        """Store a piece. Its memory is let go then: readers find it on disk."""
+        if blob.stored is None or result.data is None:
+            result.kept.set_result(False)
+            return
+        try:
+            await blob.stored.write(piece, result.data, state)
+        except StoreError as error:
+            self._metrics.unstored_pieces.inc()
+            logger.debug("store.refused", extra={"reason": str(error)})
+            result.kept.set_result(False)
+            return
+        result.data = None
+        result.kept.set_result(True)
+        if blob.stored and blob.stored.is_complete:
+            self.on_complete(blob)
+
+    async def prove(self, blob: ActiveBlob, piece: int, data: bytes) -> str | None:
+        """Return what is wrong with *data* as a piece of a toc layout; None if it is proven."""
+        in_thread = asyncio.get_running_loop().run_in_executor
+        if piece == blob.layout.count - 1:
+            return await in_thread(self._proofs, _tail_flaw, blob, data)
+        toc = await self.toc_of(blob)
+        return await in_thread(self._proofs, find_flaw, toc, blob.layout.range_of(piece), data)
+
+    async def toc_of(self, blob: ActiveBlob) -> Toc:
+        """Return the table of contents of a toc layout, read again if memory let go of it.
+
+        Raises `BlobUnavailable` if that means fetching it, and nobody has it.
+        """
+        if blob.toc is None:
+            tail = blob.layout.count - 1
+            data: bytes | None = None
+            if blob.stored and tail in blob.stored.held:
+                with suppress(StoreError):
+                    data = await blob.stored.read(blob.layout.range_of(tail))
+            if data is None:
+                result = await self.start(blob, [tail])[tail]
+                data = result.data
+            if data is None:  # stored in the meantime
+                return await self.toc_of(blob)
+            blob.toc = await asyncio.get_running_loop().run_in_executor(
+                self._proofs, _open_tail, blob, data
+            )
+        return blob.toc
+
+
+class _Race:
+    """One run, and the sources that are reading it at once."""
+
+    def __init__(self, blob: ActiveBlob, run: Run[Peer]) -> None:
+        self.blob = blob
+        self._run = run
+        self._futures = [blob.inflight[piece] for piece in run.pieces]
+        self._news = asyncio.Event()
+        self._progress_at = time.monotonic()
+        self._hedge_after_s = 0.0
+
+    @property
+    def is_over(self) -> bool:
+        """Every piece has come, or never will."""
+        return all(future.done() for future in self._futures)
+
+    def open_pieces(self) -> range:
+        """The stretch of the run that still lacks pieces."""
+        pieces = self._run.pieces
+        lacking = [p for p, future in zip(pieces, self._futures, strict=True) if not future.done()]
+        return range(lacking[0], lacking[-1] + 1) if lacking else pieces[:0]
+
+    def expect(self, hedge_after_s: float) -> None:
+        """A source begins, which should show progress within *hedge_after_s*."""
+        self._hedge_after_s = hedge_after_s
+        self._progress_at = time.monotonic()
+
+    def tell(self, *, progress: bool = False) -> None:
+        """Something happened: bytes came, or a source ended."""
+        if progress:
+            self._progress_at = time.monotonic()
+        self._news.set()
+
+    @property
+    def is_stalled(self) -> bool:
+        """No source has made progress for longer than it should take."""
+        return time.monotonic() - self._progress_at >= self._hedge_after_s
+
+    async def wait_for_news(self) -> None:
+        """Return when something happened or the race is stalled; at most a moment later."""
+        patience = self._progress_at + self._hedge_after_s - time.monotonic()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience if patience > 0 else _STALL_POLL_S):
+                await self._news.wait()
+        self._news.clear()
+
+
+def usable_mask(offer: Offer, blob: ActiveBlob) -> PieceMask | None:
+    """Return the pieces of *blob* that an offer is good for; None if there are none.
+
+    A part of a blob is only of use where both sides cut it alike and each piece can be proven.
+    """
+    holding, count = offer.holding, blob.layout.count
+    if holding.size != blob.layout.size:
+        return None
+    if holding.is_whole:
+        return PieceMask.full(count)
+    alike = holding.kind is blob.layout.kind is LayoutKind.TOC and holding.held.count == count
+    return holding.held if alike and holding.held else None
+
+
+def _open_tail(blob: ActiveBlob, data: bytes) -> Toc:
+    assert blob.toc_digest is not None
+    return open_tail(data, size=blob.layout.size, expected=blob.toc_digest)
+
+
+def _tail_flaw(blob: ActiveBlob, data: bytes) -> str | None:
+    try:
+        _open_tail(blob, data)
+    except FormatError as error:
+        return str(error)
+    return None
+
+
+def _unavailable(blob: ActiveBlob, failures: Sequence[SourceError]) -> BlobUnavailable:
+    missing = bool(failures) and all(
+        isinstance(failure, SourceLacksBlob | SourceRefused) for failure in failures
+    )
+    reason = "; ".join(dict.fromkeys(map(str, failures))) or "stopping"
+    return BlobUnavailable(str(blob.digest), missing=missing, reason=reason)
+
+
+def _mark_retrieved(future: asyncio.Future[PieceData]) -> None:
+    # Readers may be gone; asyncio would complain about an exception that nobody looked at.
+    if not future.cancelled():
+        future.exception()

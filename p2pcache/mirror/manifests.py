@@ -1,0 +1,155 @@
+"""Manifests and tags: from memory, from peers, from the upstream; and what they teach.
+
+A manifest asked for by digest may come from anyone, because its bytes prove themselves. A tag is
+the upstream's to say; what it said is remembered, and answers while the upstream fails. Every
+manifest that passes teaches the size, the registry and the table-of-contents digest of its layers:
+lazy snapshotters later ask for layers by digest alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from p2pcache.core.errors import (
+    BlobUnavailable,
+    FormatError,
+    SourceError,
+    SourceLacksBlob,
+    SourceRefused,
+)
+from p2pcache.core.model import Descriptor, Digest, Manifest, Repository, Tag, TagFact
+from p2pcache.core.oci import parse_manifest, toc_digest_of
+from p2pcache.metrics import Metrics
+from p2pcache.ports import Memory, Neighbours, Upstream
+
+logger = logging.getLogger(__name__)
+
+_PATIENCE_S: Final = 4.0
+
+
+class Manifests:
+    """Answers for manifests and tags. *now* is Unix time: tags are remembered over restarts."""
+
+    def __init__(
+        self,
+        memory: Memory,
+        neighbours: Neighbours,
+        upstream: Upstream,
+        metrics: Metrics,
+        *,
+        tag_max_age_s: float,
+        now: Callable[[], float],
+    ) -> None:
+        self._memory = memory
+        self._neighbours = neighbours
+        self._upstream = upstream
+        self._metrics = metrics
+        self._tag_max_age_s = tag_max_age_s
+        self._now = now
+
+    async def get(
+        self, digest: Digest, repository: Repository | None, accept: Sequence[str]
+    ) -> Manifest:
+        """Return the manifest that *digest* names. Raises `BlobUnavailable`."""
+        manifest = await self._memory.manifest(digest)
+        if manifest is None:
+            manifest = await self._neighbours.manifest(digest)
+            if manifest is None:
+                manifest = await self._from_upstream(digest, repository, accept)
+            await self._memory.put_manifest(manifest)
+        if repository is not None:
+            await self._learn(repository, manifest)
+        return manifest
+
+    async def get_tag(self, repository: Repository, tag: Tag, accept: Sequence[str]) -> Manifest:
+        """Return the manifest that a tag points at. Raises `BlobUnavailable`."""
+        try:
+            manifest = await self._upstream.manifest(
+                repository, tag, accept, deadline_s=self._patience_with(repository, tag)
+            )
+        except SourceError as error:
+            descriptor = await self._recall(repository, tag, error)
+            return await self.get(descriptor.digest, repository, accept)
+        descriptor = Descriptor(manifest.media_type, manifest.digest, len(manifest.data))
+        await self._remember(repository, tag, descriptor)
+        await self._memory.put_manifest(manifest)
+        await self._learn(repository, manifest)
+        return manifest
+
+    async def resolve(self, repository: Repository, tag: Tag, accept: Sequence[str]) -> Descriptor:
+        """Return what a tag points at, without reading it. Raises `BlobUnavailable`."""
+        try:
+            descriptor = await self._upstream.resolve(
+                repository, tag, accept, deadline_s=self._patience_with(repository, tag)
+            )
+        except SourceError as error:
+            return await self._recall(repository, tag, error)
+        await self._remember(repository, tag, descriptor)
+        return descriptor
+
+    async def _from_upstream(
+        self, digest: Digest, repository: Repository | None, accept: Sequence[str]
+    ) -> Manifest:
+        if repository is None:
+            raise BlobUnavailable(str(digest), missing=True, reason="its registry is unknown")
+        try:
+            return await self._upstream.manifest(repository, digest, accept)
+        except SourceError as error:
+            raise _unavailable(str(digest), error) from error
+
+    def _patience_with(self, repository: Repository, tag: Tag) -> float | None:
+        """A tag that is remembered need not wait long for an upstream that hangs."""
+        return _PATIENCE_S if self._memory.tag(repository, tag) else None
+
+    async def _remember(self, repository: Repository, tag: Tag, descriptor: Descriptor) -> None:
+        fact = TagFact(descriptor.digest, descriptor.media_type, descriptor.size, self._now())
+        await self._memory.put_tag(repository, tag, fact)
+
+    async def _recall(self, repository: Repository, tag: Tag, error: SourceError) -> Descriptor:
+        """Return what the tag pointed at when somebody last knew, if the upstream just fails.
+
+        An upstream that says that there is no such tag, or not for us, is believed.
+        """
+        if isinstance(error, SourceLacksBlob | SourceRefused):
+            raise _unavailable(f"{repository}:{tag}", error) from error
+        memory, fact = "own", self._memory.tag(repository, tag)
+        age = self._now() - fact.seen_at if fact else float("inf")
+        found = Descriptor(fact.media_type, fact.digest, fact.size) if fact else None
+        if age > self._tag_max_age_s:
+            news = await self._neighbours.tag(repository, tag)
+            if news is None or news.age_s > self._tag_max_age_s:
+                raise _unavailable(f"{repository}:{tag}", error) from error
+            memory, age = "peer", news.age_s
+            found = Descriptor(news.media_type, news.digest, news.size)
+        assert found is not None
+        self._metrics.stale_tags.labels(memory).inc()
+        logger.warning(
+            "tag.stale",
+            extra={
+                "tag": f"{repository}:{tag}",
+                "digest": str(found.digest),
+                "age_s": round(age),
+                "memory": memory,
+                "reason": error.reason,
+            },
+        )
+        return found
+
+    async def _learn(self, repository: Repository, manifest: Manifest) -> None:
+        try:
+            content = parse_manifest(manifest.data)
+        except FormatError as error:
+            # Not ours to refuse: an artifact of a kind that we do not know is served all the same.
+            logger.info(
+                "manifest.opaque", extra={"digest": str(manifest.digest), "reason": str(error)}
+            )
+            return
+        for blob in content.blobs:
+            await self._memory.put_facts(repository, blob, toc_digest_of(blob))
+
+
+def _unavailable(what: str, error: SourceError) -> BlobUnavailable:
+    missing = isinstance(error, SourceLacksBlob | SourceRefused)
+    return BlobUnavailable(what, missing=missing, reason=str(error))

@@ -1,0 +1,139 @@
+"""What the HTTP side calls: manifests, tags, blobs, as values and streams."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, nullcontext
+
+from p2pcache.core.errors import BlobUnavailable, SourceError, SourceLacksBlob, SourceRefused
+from p2pcache.core.model import BlobFacts, Digest, Repository
+from p2pcache.core.ranges import ByteRange
+from p2pcache.metrics import Metrics
+from p2pcache.mirror.fetching import ActiveBlob, Fetcher, TocUnusable
+from p2pcache.mirror.manifests import Manifests
+from p2pcache.mirror.opening import Opener
+from p2pcache.mirror.reading import Reader, Segment
+from p2pcache.ports import BlobStore, Forwarded, Memory, Neighbours, StoredBlob, Upstream
+
+
+class Mirror:
+    """One node's reads. Fetches belong to *tasks*: they outlive the readers that began them."""
+
+    def __init__(
+        self,
+        tasks: asyncio.TaskGroup,
+        store: BlobStore,
+        memory: Memory,
+        neighbours: Neighbours,
+        upstream: Upstream,
+        metrics: Metrics,
+        proofs: ThreadPoolExecutor,
+        *,
+        tag_max_age_s: float,
+        now: Callable[[], float],
+    ) -> None:
+        self.manifests = Manifests(
+            memory, neighbours, upstream, metrics, tag_max_age_s=tag_max_age_s, now=now
+        )
+        self._store = store
+        self._memory = memory
+        self._neighbours = neighbours
+        self._upstream = upstream
+        self._opener = Opener(tasks, store, memory, neighbours, upstream, metrics, proofs)
+        self._fetcher = Fetcher(tasks, neighbours, upstream, metrics, proofs)
+        self._reader = Reader(tasks, self._fetcher, neighbours, metrics)
+        self._fetcher.on_complete = self._reader.confirm
+
+    def facts(self, digest: Digest) -> BlobFacts | None:
+        """What manifests said of a blob."""
+        return self._memory.facts(digest)
+
+    def held(self, digest: Digest) -> StoredBlob | None:
+        """What the store has of a blob: for the short way to held bytes."""
+        return self._store.find(digest)
+
+    async def size_of(self, digest: Digest, repository: Repository | None) -> int:
+        """Return the size of a blob that can be served. Raises `BlobUnavailable`."""
+        stored = self._store.find(digest)
+        if stored is not None and stored.held:
+            return stored.layout.size
+        facts = self._memory.facts(digest)
+        # Nothing here yet: a client that is told 200 stays with this mirror for good, so make
+        # sure that somebody has it before saying so.
+        if repository is None and facts and facts.repositories:
+            repository = facts.repositories[0]
+        error: SourceError = SourceLacksBlob("upstream", "the registry is unknown")
+        if repository is not None:
+            try:
+                return await self._upstream.blob_size(repository, digest)
+            except SourceError as failure:
+                error = failure
+        if await self._neighbours.find(digest, None):
+            return (await self._opener.open(digest, repository)).layout.size
+        missing = isinstance(error, SourceLacksBlob | SourceRefused)
+        raise BlobUnavailable(str(digest), missing=missing, reason=str(error))
+
+    async def forward(
+        self,
+        repository: Repository,
+        kind: str,
+        query: Sequence[tuple[str, str]],
+        accept: Sequence[str],
+    ) -> Forwarded:
+        """Return the upstream's answer to ``tags/list`` or ``referrers/DIGEST``.
+
+        Raises `BlobUnavailable`.
+        """
+        try:
+            return await self._upstream.forward(repository, kind, query, accept)
+        except SourceError as error:
+            missing = isinstance(error, SourceLacksBlob | SourceRefused)
+            raise BlobUnavailable(str(repository), missing=missing, reason=str(error)) from error
+
+    @asynccontextmanager
+    async def open(self, digest: Digest, repository: Repository | None) -> AsyncIterator[OpenBlob]:
+        """Open a blob for one answer. Raises `BlobUnavailable`."""
+        blob = await self._opener.open(digest, repository)
+        blob.readers += 1
+        try:
+            with blob.stored.reading() if blob.stored else nullcontext():
+                yield OpenBlob(blob, self._opener, self._reader)
+        finally:
+            blob.readers -= 1
+
+
+class OpenBlob:
+    """A blob while one answer is made from it."""
+
+    def __init__(self, blob: ActiveBlob, opener: Opener, reader: Reader) -> None:
+        self._blob = blob
+        self._opener = opener
+        self._reader = reader
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self._blob.layout.size
+
+    async def read(
+        self, parts: Sequence[ByteRange], *, exact: bool
+    ) -> AsyncGenerator[Segment, None]:
+        """Yield the bytes of *parts* in order; see `Reader.read`. Raises `BlobUnavailable`."""
+        begun = False
+        try:
+            async for segment in self._reader.read(self._blob, parts, exact=exact):
+                begun = True
+                yield segment
+            return
+        except TocUnusable as error:
+            self._opener.forsake_toc(self._blob)
+            if begun:
+                raise BlobUnavailable(
+                    str(self._blob.digest), missing=False, reason=str(error)
+                ) from error
+        # Nothing has been served yet: read it again, without its table of contents.
+        self._blob = await self._opener.open(self._blob.digest, self._blob.repository)
+        async for segment in self._reader.read(self._blob, parts, exact=exact):
+            yield segment
