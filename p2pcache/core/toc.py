@@ -27,8 +27,13 @@ from p2pcache.core.ranges import ByteRange
 FOOTER_PROBE_SIZE: Final = estargz.FOOTER_SIZE
 """How many of a blob's last bytes `find_footer` wants: its longest footer."""
 
-MIN_GROUP_SIZE: Final = 64 << 10
-"""Members are grouped until a piece has this many bytes."""
+MIN_GROUP_SIZE: Final = 16 << 10
+"""Members are grouped until a piece has this many bytes.
+
+A client reads in blocks of its own size, which rarely end where pieces end: what it reads beyond
+need grows with the pieces. A start-up of 8.1 MB in 50 requests fetched 1.34 times that with 64 KiB,
+1.25 with 32 KiB, 1.19 with 16 KiB and 1.18 with 8 KiB, for about twice the pieces each time.
+"""
 
 # Bounds. Past them a blob is not refused, it only loses its TOC layout.
 MAX_TOC_COMPRESSED: Final = 64 << 20

@@ -20,6 +20,7 @@ from p2pcache.core.model import Digest
 from p2pcache.core.ranges import ByteRange
 from p2pcache.core.toc import (
     FOOTER_PROBE_SIZE,
+    MIN_GROUP_SIZE,
     Chunk,
     Compression,
     Member,
@@ -255,15 +256,15 @@ def test_pieces_follow_members_and_each_can_be_proven(offsets):
         for a, b in pairwise(found[:-1]):
             # Two pieces are two because one is full or the next member is large.
             first, last = layout.covering(a[0].range)[0], b[0].range
-            assert max(len(layout.range_of(first)), len(last)) >= 65536
+            assert max(len(layout.range_of(first)), len(last)) >= MIN_GROUP_SIZE
     else:
         assert layout.count == 1
 
 
 def test_small_members_share_a_piece_and_a_large_one_has_its_own():
-    ends = [0, 100, 30_100, 70_100, 70_200, 270_200, 270_300]
-    toc = parse(*map(reg, ends[1:]), size=270_500, toc_offset=270_400)
-    assert list(toc.layout().starts) == [0, 70_100, 70_200, 270_200, 270_400]
+    ends = [0, 25, 7_525, 17_525, 17_550, 67_550, 67_575]
+    toc = parse(*map(reg, ends[1:]), size=67_700, toc_offset=67_600)
+    assert list(toc.layout().starts) == [0, 17_525, 17_550, 67_550, 67_600]
 
 
 @fast
