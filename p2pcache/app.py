@@ -34,7 +34,7 @@ from p2pcache.server.status_api import StatusApi
 from p2pcache.store import Store
 from p2pcache.tasks import cancelled_at_exit
 from p2pcache.upstream.client import Upstream
-from p2pcache.upstream.endpoint import UpstreamConfig
+from p2pcache.upstream.endpoint import Patience, UpstreamConfig
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +92,11 @@ class Node:
 
 
 @asynccontextmanager
-async def open_node(config: Config) -> AsyncIterator[Node]:
-    """Build a node and have it listen. Raises `ConfigError` or `StoreError`."""
+async def open_node(config: Config, *, patience: Patience | None = None) -> AsyncIterator[Node]:
+    """Build a node and have it listen. Raises `ConfigError` or `StoreError`.
+
+    *patience* is what the node has with upstreams.
+    """
     async with AsyncExitStack() as resources:
         metrics = Metrics()
         proofs = ThreadPoolExecutor(_PROOF_THREADS, thread_name_prefix="proof")
@@ -106,6 +109,7 @@ async def open_node(config: Config) -> AsyncIterator[Node]:
                     endpoints=config.upstream,
                     ca_file=config.upstream_ca,
                     registry_config=config.registry_config,
+                    patience=patience or Patience(),
                 ),
                 on_bytes=lambda registry, count: metrics.fetched_bytes["upstream"].inc(count),
             )

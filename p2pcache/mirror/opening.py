@@ -25,7 +25,7 @@ from p2pcache.core.errors import (
     StoreFull,
 )
 from p2pcache.core.layout import Layout, PieceState
-from p2pcache.core.model import BlobFacts, Digest, Repository
+from p2pcache.core.model import MAX_BLOB_SIZE, BlobFacts, Digest, Repository
 from p2pcache.core.ranges import ByteRange
 from p2pcache.core.toc import FOOTER_PROBE_SIZE, Toc, find_footer, open_tail
 from p2pcache.metrics import Metrics
@@ -173,6 +173,8 @@ class Opener:
                 self._metrics.layout_fallbacks.inc()
                 self._unusable_tocs[digest] = None
         size = facts.size if facts else await self._size_of(digest, repository, offers)
+        if size > MAX_BLOB_SIZE:
+            raise BlobUnavailable(str(digest), missing=True, reason=f"{size} bytes are too many")
         return await self._make(digest, Layout.fixed(size), repository, None)
 
     async def _size_of(

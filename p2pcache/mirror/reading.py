@@ -25,7 +25,14 @@ from p2pcache.core.errors import (
 from p2pcache.core.layout import LayoutKind, PieceMask, PieceState
 from p2pcache.core.ranges import ByteRange
 from p2pcache.metrics import Metrics
-from p2pcache.mirror.fetching import ActiveBlob, Fetcher, Origin, PieceData, usable_mask
+from p2pcache.mirror.fetching import (
+    ActiveBlob,
+    Fetcher,
+    Origin,
+    PieceData,
+    TocUnusable,
+    usable_mask,
+)
 from p2pcache.ports import Neighbours, Peer
 
 logger = logging.getLogger(__name__)
@@ -231,6 +238,8 @@ class Reader:
                 await self._replace_doubtful(blob)
             done.set_result(None)
         except BlobUnavailable as error:
+            done.set_exception(error)
+        except TocUnusable as error:
             done.set_exception(error)
         except (IntegrityError, StoreError) as error:
             done.set_exception(BlobUnavailable(str(blob.digest), missing=False, reason=str(error)))

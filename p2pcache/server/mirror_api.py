@@ -47,6 +47,9 @@ logger = logging.getLogger(__name__)
 _JSON: Final = "application/json"
 _API_VERSION: Final = MappingProxyType({"Docker-Distribution-API-Version": "registry/2.0"})
 
+# Requests being answered at once on one listener; a node's clients have some dozens.
+MAX_WAITING: Final = 1024
+
 # An answer up to this size is put together first and sent in one write.
 _SINGLE_WRITE: Final = 1 << 20
 
@@ -73,15 +76,21 @@ class MirrorApi:
         self.mirror = mirror
         self.metrics = metrics
         self._registry = registry
+        self._waiting = 0
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer any request: the handler of a low-level aiohttp server."""
         kind = "other"
+        started = time.perf_counter()
         response: web.StreamResponse
+        self._waiting += 1
         try:
             if request.method not in ("GET", "HEAD"):
                 response = _error(405, ErrorCode.UNSUPPORTED, "this is a read-only mirror")
                 response.headers["Allow"] = "GET, HEAD"
+            elif self._waiting > MAX_WAITING:
+                # Not 429: containerd asks the same host six times then, and 503 sends it on.
+                response = _error(503, ErrorCode.TOO_MANY_REQUESTS, "too many requests at once")
             elif (route := parse_path(request.path)) is None:
                 response = _error(404, ErrorCode.UNSUPPORTED, "no such path; see /v2/")
             else:
@@ -91,7 +100,20 @@ class MirrorApi:
             response = _refusal(error)
         except BlobUnavailable as error:
             response = _unavailable(error, kind)
+        finally:
+            self._waiting -= 1
         self.metrics.requests.labels(kind, str(response.status)).inc()
+        logger.info(
+            "request",
+            extra={
+                "method": request.method,
+                "path": request.raw_path,
+                "range": request.headers.get("Range", "")[:200],
+                "status": response.status,
+                "seconds": round(time.perf_counter() - started, 4),
+                "agent": request.headers.get("User-Agent", "")[:100],
+            },
+        )
         return response
 
     async def _answer(self, request: web.BaseRequest, route: Route) -> web.StreamResponse:
