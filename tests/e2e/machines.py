@@ -67,7 +67,10 @@ class Process:
 
     def listens_on(self, port: int) -> bool:
         """Tell whether this very process holds a listening TCP socket on *port*."""
-        process = Path(f"/proc/{self.pid}")
+        try:
+            process = Path(f"/proc/{self.pid}")
+        except StopIteration:
+            return False  # it has only just been asked for
         inodes = set()
         for table in ("tcp", "tcp6"):
             for line in (process / "net" / table).read_text().splitlines()[1:]:

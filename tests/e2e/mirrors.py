@@ -12,7 +12,7 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.e2e.machines import Machine, Process, wait_until
+from tests.e2e.machines import CommandFailed, Machine, Process, wait_until
 
 CHECKOUT = Path(__file__).parents[2]
 MIRROR_PORT = 29900
@@ -20,6 +20,7 @@ PEER_PORT = 29901
 STATUS_PORT = 29902
 NAMELESS_PORT = 29903
 """The listener for clients that cannot say which registry they mean."""
+PORTS = (MIRROR_PORT, PEER_PORT, STATUS_PORT, NAMELESS_PORT)
 START_LIMIT_S = 30.0
 STORE_SIZE = "4GiB"
 
@@ -53,12 +54,13 @@ class Mirror:
             timeout_s=START_LIMIT_S,
         )
         # While one is handed over to the next, either may have answered.
-        for port in (MIRROR_PORT, NAMELESS_PORT, PEER_PORT, STATUS_PORT):
-            wait_until(
-                f"{process.name} to listen on {port}",
-                lambda port=port: process.listens_on(port),  # type: ignore[misc]  # a loop variable
-                timeout_s=START_LIMIT_S,
-            )
+        wait_until(
+            f"{process.name} to listen",
+            lambda: all(map(process.listens_on, PORTS)) or not process.is_running(),
+            timeout_s=START_LIMIT_S,
+        )
+        if not process.is_running():
+            raise CommandFailed(f"{process.name} ended at its start; see {process.log.name}")
         self.processes.append(process)
         return process
 

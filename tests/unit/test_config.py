@@ -220,7 +220,7 @@ def test_a_registry_given_twice_is_a_mistake(flag):
 
 
 @pytest.mark.parametrize(
-    "address", ["0.0.0.0:1", "[::]:1", "10.0.0.1:1", "node.example:1", "[::ffff:127.0.0.1%1]:1"]
+    "address", ["0.0.0.0:1", "[::]:1", "10.0.0.1:1", "node.example:1", "[fe80::1%1]:1"]
 )
 def test_an_exposed_mirror_is_refused_unless_allowed_in_so_many_words(address):
     (problem,) = problems("--mirror-listen", address)
