@@ -21,9 +21,11 @@ The parts, from the bottom up:
 ``files``     data files, their descriptors, the lock
 ``catalog``   the rows: schema, reading all of it at open, setting a broken one aside
 ``writer``    the one thread that changes the disk: everything queued goes into one transaction
+``disk``      the directory as this process may use it: lock, hand-over, threads, bounded waits
+``rot``       reading a data file against the hashes of its pieces
 ``blobs``     one blob in memory, and reading, writing, proving and dropping its pieces
 ``memory``    manifests, tags and facts: all in memory, written through
-``store``     the composition: opening, hand-over, budget and eviction
+``store``     the composition: which blobs there are, budget and eviction
 
 All that a hit needs is in memory after opening; the event loop never waits for SQLite, and touches
 a file only for a read that the page cache answers at once.

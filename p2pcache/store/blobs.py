@@ -9,69 +9,42 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import hashlib
 import os
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain, islice
-from typing import Final, Protocol, TypeVar
-
-import xxhash
+from functools import partial
+from typing import Final, Protocol
 
 from p2pcache.core.errors import StoreCorrupt, StoreError, StoreFull, StoreLacksPiece
-from p2pcache.core.layout import Layout, PieceMask, PieceState
+from p2pcache.core.layout import PieceMask, PieceState
 from p2pcache.core.ranges import ByteRange
 from p2pcache.store.catalog import BlobRecord, Catalog
-from p2pcache.store.files import DataFiles, OpenFile
-from p2pcache.store.writer import Job
+from p2pcache.store.disk import PATIENCE_S, Disk, committed
+from p2pcache.store.files import OpenFile
+from p2pcache.store.rot import CheckedFile, piece_hash
+from p2pcache.store.writer import Job, Row
 
 # A piece that was checked so recently is not hashed again: rot is slow, reads are not.
 RECHECK_AFTER_S: Final = 60.0
-# A disk that takes longer over one read or write is no use to a client that is waiting.
-PATIENCE_S: Final = 10.0
 # Slower than this, even reading a whole blob to prove it counts as a disk that hangs.
 _SLOWEST_DISK: Final = 5 << 20
 # Above this, copying on the event loop would hold up everybody else (1 MiB: some 100 µs).
 READ_NOW_LIMIT: Final = 1 << 20
-_DIGEST_BLOCK: Final = 4 << 20
 _NEVER: Final = float("-inf")
 _HELD: Final = int(PieceState.HELD_UPSTREAM)
 # Which bytes are worth more: a write never replaces a piece by one of the same or a lower rank.
 _RANK: Final = (0, 2, 1, 3, 3)
 
-T = TypeVar("T")
-
-
-class Row:
-    """A blob's row in the catalogue. *is_open* belongs to the writer's thread.
-
-    It is true while pieces may be written under this row: not before the blob is entered, not once
-    it is taken out, and not when pieces could not be taken out.
-    """
-
-    __slots__ = ("is_open", "number")
-
-    def __init__(self, number: int, *, is_open: bool) -> None:
-        self.number = number
-        self.is_open = is_open
-
 
 class Owner(Protocol):
     """What a blob needs of its store."""
 
-    files: DataFiles
+    disk: Disk
     clock: Callable[[], float]
     scratch: memoryview
     read_flags: int
-
-    @property
-    def is_writer(self) -> bool:
-        """This process has the lock."""
-
-    def require_writer(self) -> None:
-        """Raise `StoreFull` unless this process has the lock."""
 
     def note_pinned(self, blob: StoredBlob) -> None:
         """The blob is read or written from now on."""
@@ -79,23 +52,11 @@ class Owner(Protocol):
     def note_unpinned(self, blob: StoredBlob) -> None:
         """Nobody reads or writes it any more."""
 
-    async def in_thread(self, call: Callable[[], T], *, patience_s: float = PATIENCE_S) -> T:
-        """Run *call*, which only reads, on a thread. Raises `StoreError` if it takes too long."""
-
-    async def admit(self) -> None:
-        """Wait for a place in the writer's queue. Raises `StoreFull`."""
-
-    def leave(self) -> None:
-        """Give the place up."""
-
     def take_room(self, size: int, blob: StoredBlob) -> None:
         """Count *size* bytes for *blob*, evicting others. Raises `StoreFull`."""
 
     def give_room(self, size: int, blob: StoredBlob) -> None:
         """Count *size* bytes less."""
-
-    def submit(self, job: Job) -> asyncio.Future[StoreFull | None]:
-        """Queue *job*; the future is done after its `settle`. Raises `StoreFull`."""
 
     def note_open(self, blob: StoredBlob) -> None:
         """The blob has a descriptor open now."""
@@ -143,7 +104,7 @@ class StoredBlob:
         self.last_used = record.used
         self.pins = 0
         """Eviction keeps off while this is above zero."""
-        self.room = _stored(record.layout, record.states)
+        self.room = record.stored()
         """The bytes that count against the budget: stored, or being written."""
         self.is_gone = False
         """Evicted, forgotten or replaced: everything is absent, nothing can be written."""
@@ -272,7 +233,10 @@ class StoredBlob:
                 unchecked = [p for p in pieces if self._checked_until[p] < now]
                 before = self._hashes[pieces.start : pieces.stop]
                 changes = self._changes
-                data, rotten = await self._read_checked(part, pieces, unchecked)
+                file = await self._opened()
+                data, rotten = await self._owner.disk.in_thread(
+                    partial(file.read, part, pieces, unchecked)
+                )
                 if (
                     changes == self._changes
                     and before == self._hashes[pieces.start : pieces.stop]
@@ -299,27 +263,27 @@ class StoredBlob:
         if len(data) != len(part) or state is PieceState.ABSENT:
             raise ValueError(f"{len(data)} bytes, {state.name} for {part}")
         owner = self._owner
-        await owner.admit()
+        await owner.disk.admit()
         try:
             await self._until_settled(lambda: self._busy.get(piece))
             old = self._states[piece]
             if _RANK[state] <= _RANK[old]:
-                owner.leave()
+                owner.disk.leave()
                 return
             if self.is_gone:
                 raise StoreFull("the blob was evicted")
             # A blob that is being written is pinned: room never comes from itself.
             self.pin()
             try:
-                owner.require_writer()
+                owner.disk.require_writer()
                 if not old:
                     owner.take_room(len(part), self)
             except StoreFull:
                 self.unpin()
                 raise
-            change = owner.submit(self._write_job(piece, part, data, state))
+            change = owner.disk.submit(self._write_job(piece, part, data, state))
         except BaseException:
-            owner.leave()
+            owner.disk.leave()
             raise
         if old:
             self._set_absent([piece])
@@ -329,20 +293,20 @@ class StoredBlob:
     def _write_job(
         self, piece: int, part: ByteRange, data: bytes | memoryview, state: PieceState
     ) -> Job:
-        row, files, digest = self.row, self._owner.files, self.digest
+        row, files, digest = self.row, self._owner.disk.files, self.digest
         hash_ = 0
 
         def run(catalog: Catalog) -> None:
             nonlocal hash_
             if not row.is_open:
                 raise OSError(errno.EIO, "the blob could not be entered")
-            hash_ = xxhash.xxh3_64_intdigest(data)
+            hash_ = piece_hash(data)
             files.write(digest, data, part.start)
             catalog.put_piece(row.number, piece, hash_, state)
 
         def settle(error: StoreFull | None) -> None:
             self.unpin()
-            self._owner.leave()
+            self._owner.disk.leave()
             del self._busy[piece]
             if self.is_gone:
                 return
@@ -367,7 +331,7 @@ class StoredBlob:
             await self._until_settled(lambda: next(iter(self._busy.values()), None))
             if self._whole:
                 return True
-            self._owner.require_writer()
+            self._owner.disk.require_writer()
             if (lacking := self._states.find(0)) >= 0 or self.is_gone:
                 raise StoreLacksPiece(str(self.digest), max(lacking, 0))
             # Writes to this blob wait: what is hashed is what becomes held.
@@ -380,8 +344,8 @@ class StoredBlob:
 
     async def _prove(self) -> bool:
         file = await self._opened()
-        matches, rotten = await self._owner.in_thread(
-            lambda: self._digest_of(file),
+        matches, rotten = await self._owner.disk.in_thread(
+            lambda: file.matches(self.digest),
             patience_s=PATIENCE_S + self.layout.size / _SLOWEST_DISK,
         )
         if (lacking := self._states.find(0)) >= 0 or self.is_gone:  # `drop` does not wait for us.
@@ -410,19 +374,8 @@ class StoredBlob:
             self._whole = 0 not in self._states
             self._masks.clear()
 
-        await committed(self._owner.submit(Job(run, settle)))
+        await committed(self._owner.disk.submit(Job(run, settle)))
         return self._whole
-
-    def _digest_of(self, file: OpenFile) -> tuple[bool, list[int]]:
-        """Read the whole file once, for its own digest and every piece's. On a thread."""
-        whole = hashlib.new(self.digest.algorithm)
-        rotten = []
-        for pieces in _runs(self.layout, _DIGEST_BLOCK):
-            span = self.layout.span(pieces)
-            data = memoryview(_pread(file, span))
-            whole.update(data)
-            rotten += self._rotten(data, span.start, pieces)
-        return whole.hexdigest() == self.digest.encoded, rotten
 
     async def drop(self, pieces: Iterable[int]) -> None:
         """Forget *pieces*. Absent ones are no error."""
@@ -436,7 +389,7 @@ class StoredBlob:
         self._whole = False
         self._set_absent(present)
         self._owner.give_room(sum(len(self.layout.range_of(p)) for p in present), self)
-        if not self._owner.is_writer:
+        if not self._owner.disk.is_writer:
             return
         row = self.row
 
@@ -449,7 +402,7 @@ class StoredBlob:
             row.is_open = row.is_open and error is None
 
         try:
-            await committed(self._owner.submit(Job(run, lambda error: None, cleanup=cleanup)))
+            await committed(self._owner.disk.submit(Job(run, lambda error: None, cleanup=cleanup)))
         except StoreFull:
             return  # Dropped as far as anybody can see; the hash finds it after a restart.
 
@@ -464,7 +417,7 @@ class StoredBlob:
     def refresh(self, record: BlobRecord) -> None:
         """Take over what another process committed; nothing of it was checked by this one."""
         self._states, self._hashes, self._whole = record.states, record.hashes, record.is_whole
-        self.room = _stored(self.layout, self._states)
+        self.room = record.stored()
         self._masks.clear()
         self.forget_checks()
 
@@ -490,7 +443,7 @@ class StoredBlob:
 
     def _note_checked(self, pieces: Iterable[int], now: float) -> None:
         # Without the lock, another process may change the bytes after any check.
-        if self._owner.is_writer:
+        if self._owner.disk.is_writer:
             for piece in pieces:
                 self._checked_until[piece] = now + RECHECK_AFTER_S
 
@@ -506,10 +459,12 @@ class StoredBlob:
             if not done:
                 raise StoreFull("a change of the blob is still under way")
 
-    async def _opened(self) -> OpenFile:
+    async def _opened(self) -> CheckedFile:
         if (file := self._file) is None:
             try:
-                file = await self._owner.in_thread(lambda: self._owner.files.open(self.digest))
+                file = await self._owner.disk.in_thread(
+                    lambda: self._owner.disk.files.open(self.digest)
+                )
             except FileNotFoundError as error:
                 self._owner.lose(self)
                 raise StoreLacksPiece(str(self.digest), 0, "has lost its file") from error
@@ -518,97 +473,4 @@ class StoredBlob:
             if not self.is_gone:
                 self._file = file
                 self._owner.note_open(self)
-        return file
-
-    async def _read_checked(
-        self, part: ByteRange, pieces: range, unchecked: list[int]
-    ) -> tuple[bytes, list[int]]:
-        file = await self._opened()
-
-        def call() -> tuple[bytes, list[int]]:
-            if not unchecked:
-                data = _pread(file, part)
-                # Shorter than it should be: find out where.
-                return data, [] if len(data) == len(part) else self._find_rot(file, pieces)
-            # Whole pieces, read once: what is checked is what is handed out.
-            span = self.layout.span(pieces)
-            data = _pread(file, span)
-            if len(data) != len(span):
-                return b"", self._find_rot(file, pieces)
-            rotten = self._rotten(memoryview(data), span.start, unchecked)
-            if len(span) == len(part):
-                return data, rotten
-            return data[part.start - span.start : part.stop - span.start], rotten
-
-        return await self._owner.in_thread(call)
-
-    def _find_rot(self, file: OpenFile, pieces: range) -> list[int]:
-        """Say which of *pieces*, read one by one, are to blame for a read that came short."""
-        return [
-            piece
-            for piece in pieces
-            if self._rotten(
-                memoryview(_pread(file, part := self.layout.range_of(piece))), part.start, (piece,)
-            )
-        ] or list(pieces)
-
-    def _rotten(self, data: memoryview, base: int, pieces: Iterable[int]) -> list[int]:
-        """Those of *pieces* that do not match their hash, *data* being the bytes from *base* on."""
-        wrong = []
-        for piece in pieces:
-            part = self.layout.range_of(piece)
-            stored = data[part.start - base : part.stop - base]
-            if len(stored) != len(part) or xxhash.xxh3_64_intdigest(stored) != self._hashes[piece]:
-                wrong.append(piece)
-        return wrong
-
-
-def _pread(file: OpenFile, part: ByteRange) -> bytes:
-    """Read *part*: shorter where the file ends or the disk cannot read on."""
-    try:
-        data = os.pread(file.fd, len(part), part.start)
-        while data and len(data) < len(part):
-            more = os.pread(file.fd, len(part) - len(data), part.start + len(data))
-            if not more:
-                break
-            data += more
-    except OSError as error:
-        if error.errno != errno.EIO:
-            raise StoreError(f"cannot read: {error.strerror}") from error
-        return b""  # A dead block: the piece is as good as rotten.
-    return data
-
-
-def _runs(layout: Layout, size: int) -> Iterator[range]:
-    """Cut the pieces into runs of about *size* bytes, at least one piece each."""
-    first = 0
-    while first < layout.count:
-        stop = layout.starts[first] + size
-        after = bisect_right(layout.starts, stop) - 1 if stop < layout.size else layout.count
-        yield range(first, max(after, first + 1))
-        first = max(after, first + 1)
-
-
-def _stored(layout: Layout, states: bytearray) -> int:
-    """How many bytes the pieces have that are there."""
-    if 0 not in states:
-        return layout.size
-    stops = chain(islice(layout.starts, 1, None), (layout.size,))
-    return sum(
-        stop - start
-        for start, stop, state in zip(layout.starts, stops, states, strict=True)
-        if state
-    )
-
-
-async def committed(change: asyncio.Future[StoreFull | None]) -> None:
-    """Wait for a submitted job. Raises `StoreFull`.
-
-    Whoever gives up waiting, for impatience or because it is cancelled, takes nothing back: the
-    job runs all the same, and its `settle` is called.
-    """
-    done, _ = await asyncio.wait((change,), timeout=PATIENCE_S)
-    if not done:
-        raise StoreFull("the disk does not keep up")
-    if (error := change.result()) is not None:
-        raise StoreFull(str(error))
+        return CheckedFile(file, self.layout, self._hashes)

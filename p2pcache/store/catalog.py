@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from operator import lt
 from pathlib import Path
 from typing import Final
@@ -84,6 +84,17 @@ class BlobRecord:
     used: float
     hashes: array[int]
     states: bytearray
+
+    def stored(self) -> int:
+        """How many bytes the pieces have that are there."""
+        if 0 not in self.states:
+            return self.layout.size
+        stops = chain(islice(self.layout.starts, 1, None), (self.layout.size,))
+        return sum(
+            stop - start
+            for start, stop, state in zip(self.layout.starts, stops, self.states, strict=True)
+            if state
+        )
 
 
 @dataclass(slots=True)

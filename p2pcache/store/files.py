@@ -41,13 +41,9 @@ class DataFiles:
         self._root = root / "data"
         self._written: OrderedDict[Digest, OpenFile] = OrderedDict()
 
-    def path_of(self, digest: Digest) -> str:
-        """Where the blob's bytes are. The length tells sha256 from sha512."""
-        return f"{self._root}/{digest.encoded[:2]}/{digest.encoded}"
-
     def open(self, digest: Digest) -> OpenFile:
         """Open a blob for reading. Raises `OSError`."""
-        return OpenFile(self.path_of(digest), os.O_RDONLY)
+        return OpenFile(self._path_of(digest), os.O_RDONLY)
 
     def create(self, digest: Digest) -> None:
         """Make the blob's file, empty. Raises `OSError`."""
@@ -69,7 +65,7 @@ class DataFiles:
     def remove(self, digest: Digest) -> None:
         """Unlink the blob's file. An absent one is no error; those who have it open read on."""
         self._written.pop(digest, None)
-        Path(self.path_of(digest)).unlink(missing_ok=True)
+        Path(self._path_of(digest)).unlink(missing_ok=True)
 
     def encoded_names(self) -> set[str]:
         """The encoded digests of all blobs that have a file."""
@@ -87,8 +83,12 @@ class DataFiles:
         """Let go of the writer's descriptors."""
         self._written.clear()
 
+    def _path_of(self, digest: Digest) -> str:
+        # The length tells sha256 from sha512.
+        return f"{self._root}/{digest.encoded[:2]}/{digest.encoded}"
+
     def _open_for_writing(self, digest: Digest, flags: int) -> OpenFile:
-        path = self.path_of(digest)
+        path = self._path_of(digest)
         try:
             file = OpenFile(path, os.O_RDWR | os.O_CREAT | flags)
         except FileNotFoundError:

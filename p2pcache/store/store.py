@@ -1,73 +1,48 @@
-"""The store: opening, hand-over between two processes, the budget and eviction.
+"""The store: which blobs there are, the budget and eviction.
 
-Hides which process writes. The rule: whoever has the lock writes; everybody else serves what the
-catalogue held when they looked, checks every byte of it, and takes over when the lock is free.
+Hides who has to go. The rules: nothing that is read or written is evicted, and of the rest what was
+used longest ago goes first; bytes count from before they are written until nobody can find them.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
-import sqlite3
 import time
 from array import array
-from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self, TypeVar
+from typing import Final, Self
 
-from p2pcache.core.errors import StoreError, StoreFull
+from p2pcache.core.errors import StoreFull
 from p2pcache.core.layout import Layout, LayoutKind
 from p2pcache.core.model import Digest
-from p2pcache.store.blobs import PATIENCE_S, READ_NOW_LIMIT, Row, StoredBlob, committed
-from p2pcache.store.catalog import (
-    BlobRecord,
-    Catalog,
-    CatalogUnusable,
-    Contents,
-    open_catalog,
-    peek,
-)
-from p2pcache.store.files import DataFiles, WriterLock
+from p2pcache.store.blobs import READ_NOW_LIMIT, StoredBlob
+from p2pcache.store.catalog import BlobRecord, Catalog, Contents
+from p2pcache.store.disk import Disk, committed
 from p2pcache.store.memory import ImageMemory
-from p2pcache.store.writer import Job, Writer
+from p2pcache.store.writer import Job, Row
 
 logger = logging.getLogger(__name__)
 
 # Each blob costs an inode and some memory, however small it is.
 MAX_BLOBS: Final = 1 << 17
 MAX_OPEN_FILES: Final = 512
-_READ_THREADS: Final = 8
-# Writes that wait for a commit: their bytes are in memory.
-_QUEUED_WRITES: Final = 128
-_UNSAVED: Final = 4096
-_LOCK_POLL_S: Final = 0.1
-_DISK_RETRY_S: Final = 5.0
-_USES_EVERY_S: Final = 30.0
 # Manifests may take this part of the budget.
 _MANIFEST_SHARE: Final = 8
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class StoreStats:
     """What the store has and has done since it was opened."""
 
-    budget: int
-    used: int
-    blobs: int
-    whole_blobs: int
     held_pieces: int
-    staged_pieces: int
     evicted_blobs: int
     evicted_bytes: int
     rotten_pieces: int
-    is_writer: bool
 
 
 class Store:
@@ -87,12 +62,11 @@ class Store:
     ) -> None:
         self.budget = budget
         self.clock = clock
-        self.files = DataFiles(root)
+        self.disk = Disk(root, self)
         self.scratch = memoryview(bytearray(READ_NOW_LIMIT))
         # Absent where there is no Linux: rather wait for a disk than hop threads for every read.
         self.read_flags: int = getattr(os, "RWF_NOWAIT", 0)
-        self.memory = ImageMemory(self._persist, manifest_bytes=budget // _MANIFEST_SHARE)
-        self._root = root
+        self.memory = ImageMemory(self.disk.persist, manifest_bytes=budget // _MANIFEST_SHARE)
         self._max_open_files = max_open_files
         self._max_blobs = max_blobs
         self._blobs: dict[Digest, StoredBlob] = {}
@@ -101,39 +75,13 @@ class Store:
         # Eviction candidates, the least recently used last, as of when the list was made.
         self._candidates: list[tuple[float, StoredBlob]] = []
         self._room = 0
-        self._lock: WriterLock | None = None
-        self._writer: Writer | None = None
-        self._last_writer: Writer | None = None
-        self._next_row = 1
-        self._why_reader = "the store is not open"
-        self._has_lock = False
-        self._released = False
-        self._unsaved: deque[Callable[[Catalog], None]] = deque(maxlen=_UNSAVED)
         # Added to a use, as the clock has it, this orders uses over restarts.
         self._use_offset = 0.0
         self._uses_saved_at = float("-inf")
         self._evicted_blobs = self._evicted_bytes = self._rotten_pieces = 0
 
     async def __aenter__(self) -> Self:
-        self._admission = asyncio.Semaphore(_QUEUED_WRITES)
-        self._can_write = asyncio.Event()
-        self._threads = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="store-read")
-        self._tasks = asyncio.TaskGroup()
-        try:
-            self._lock = await asyncio.to_thread(self._prepare)
-            if self._lock.acquire():
-                self._has_lock = True
-                await self._become_writer()
-            else:
-                self._why_reader = "another process writes this store"
-                logger.info("store.waits_for_lock", extra={"root": str(self._root)})
-            if not self.is_writer:
-                await self._look_in()
-            await self._tasks.__aenter__()
-        except BaseException:
-            await self._close()
-            raise
-        self._tending = self._tasks.create_task(self._tend(), name="store-tend")
+        await self.disk.__aenter__()
         return self
 
     async def __aexit__(
@@ -142,15 +90,12 @@ class Store:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._tending.cancel()
         try:
-            # The group needs to hear of a cancellation only: that may have been its own doing.
-            if isinstance(error, asyncio.CancelledError):
-                await self._tasks.__aexit__(kind, error, trace)
-            else:
-                await self._tasks.__aexit__(None, None, None)
+            await self.disk.__aexit__(kind, error, trace)
         finally:
-            await self._close()
+            for blob in self._open:
+                blob.close_file()
+            self._open.clear()
 
     def find(self, digest: Digest) -> StoredBlob | None:
         """Return what is stored of a blob."""
@@ -167,25 +112,26 @@ class Store:
 
         Raises `StoreFull`.
         """
-        await self.admit()
+        await self.disk.admit()
         try:
             while (old := self._blobs.get(digest)) is not None:
                 if _fits(old, layout, toc_digest):
-                    self.leave()
+                    self.disk.leave()
                     return old
-                self.require_writer()
+                self.disk.require_writer()
                 await self.forget(digest)
-            self.require_writer()
+            self.disk.require_writer()
             if len(self._blobs) >= self._max_blobs:
                 self._evict_one()
         except BaseException:
-            self.leave()
+            self.disk.leave()
             raise
+        row = self.disk.next_row()
         blob = StoredBlob(
             self,
-            Row(self._next_row, is_open=False),
+            Row(row, is_open=False),
             BlobRecord(
-                self._next_row,
+                row,
                 digest,
                 Layout(layout.kind, layout.size, array("Q", layout.starts)),
                 toc_digest,
@@ -195,10 +141,9 @@ class Store:
                 bytearray(layout.count),
             ),
         )
-        self._next_row += 1
         self._blobs[digest] = blob
         blob.pin()
-        await committed(self.submit(self._create_job(blob)))
+        await committed(self.disk.submit(self._create_job(blob)))
         return blob
 
     def _create_job(self, blob: StoredBlob) -> Job:
@@ -209,12 +154,12 @@ class Store:
 
         def cleanup(error: StoreFull | None) -> None:
             if error is None:
-                self.files.create(blob.digest)
+                self.disk.files.create(blob.digest)
                 row.is_open = True
 
         def settle(error: StoreFull | None) -> None:
             blob.unpin()
-            self.leave()
+            self.disk.leave()
             if error is not None and not blob.is_gone:
                 del self._blobs[blob.digest]
                 self._let_go(blob)
@@ -227,9 +172,9 @@ class Store:
         if blob is None:
             return
         self._let_go(blob)
-        if self._writer is not None:
+        if self.is_writer:
             try:
-                await committed(self.submit(self._remove_job([blob])))
+                await committed(self.disk.submit(self._remove_job([blob])))
             except StoreFull as error:
                 # The file is gone all the same, and a row without one is dropped at the next open.
                 logger.debug("store.forget.uncommitted", extra={"reason": str(error)})
@@ -246,18 +191,11 @@ class Store:
 
     def stats(self) -> StoreStats:
         """Counts for metrics and status. Takes time in proportion to the number of blobs."""
-        blobs = self._blobs.values()
         return StoreStats(
-            budget=self.budget,
-            used=self.used,
-            blobs=len(blobs),
-            whole_blobs=sum(blob.is_whole for blob in blobs),
-            held_pieces=sum(len(blob.held) for blob in blobs),
-            staged_pieces=sum(len(blob.staged) for blob in blobs),
+            held_pieces=sum(len(blob.held) for blob in self._blobs.values()),
             evicted_blobs=self._evicted_blobs,
             evicted_bytes=self._evicted_bytes,
             rotten_pieces=self._rotten_pieces,
-            is_writer=self.is_writer,
         )
 
     # Hand-over
@@ -265,90 +203,20 @@ class Store:
     @property
     def is_writer(self) -> bool:
         """This process has the lock, and the catalogue is open for writing."""
-        return self._writer is not None
+        return self.disk.is_writer
 
     async def until_writer(self) -> None:
         """Wait until this process writes the store. The caller bounds the wait."""
-        await self._can_write.wait()
+        await self.disk.until_writer()
 
     def release_writer(self) -> None:
         """Let another process write: give up the lock as soon as what is queued is committed.
 
         For a process that begins to drain. Reads go on; writes raise `StoreFull`.
         """
-        self._released = True
-        self._why_reader = "the store was handed over"
-        self._stop_writing()
+        self.disk.release()
 
-    def require_writer(self) -> None:
-        """Raise `StoreFull` unless this process has the lock."""
-        if self._writer is None:
-            raise StoreFull(self._why_reader)
-
-    def _prepare(self) -> WriterLock:
-        try:
-            self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            return WriterLock(self._root)
-        except OSError as error:
-            raise StoreError(f"cannot use {self._root}: {error.strerror}") from error
-
-    async def _become_writer(self) -> None:
-        """Open the catalogue for writing; if the disk does not let us, say so and stay a reader."""
-        opening = asyncio.get_running_loop().run_in_executor(self._threads, self._open_and_repair)
-        try:
-            catalog, contents = await asyncio.shield(opening)
-        except asyncio.CancelledError:
-            # The thread goes on; the lock must not be given up under it.
-            await asyncio.wait((opening,), timeout=PATIENCE_S)
-            if opening.done() and opening.exception() is None:
-                opening.result()[0].close()
-            raise
-        except (OSError, sqlite3.Error) as error:
-            reason = f"the catalogue cannot be opened: {error}"
-            if reason != self._why_reader:
-                logger.warning("store.open.failed", extra={"reason": str(error)})
-            self._why_reader = reason
-            return
-        self._adopt(contents)
-        self._writer = Writer(catalog, self._wrote_last)
-        for run in self._unsaved:
-            self.submit(Job(run, lambda error: None))
-        self._unsaved.clear()
-        if self.used > self.budget:
-            self._evict(self.used - self.budget)
-        self._can_write.set()
-        logger.info("store.open", extra={"blobs": len(self._blobs), "used": self.used})
-
-    def _open_and_repair(self) -> tuple[Catalog, Contents]:
-        """Open the catalogue and make it agree with the data files. On a thread."""
-        catalog, contents = open_catalog(self._root)
-        try:
-            names = self.files.encoded_names()
-            lost = [blob for blob in contents.blobs if blob.digest.encoded not in names]
-            names.difference_update(blob.digest.encoded for blob in contents.blobs)
-            if lost or names:
-                logger.info("store.repaired", extra={"lost": len(lost), "orphans": len(names)})
-            if lost:
-                with catalog.transaction():
-                    catalog.remove_blobs([blob.row for blob in lost])
-                gone = {blob.row for blob in lost}
-                contents.blobs = [blob for blob in contents.blobs if blob.row not in gone]
-            for name in names:
-                self.files.remove(Digest("sha256" if len(name) == 64 else "sha512", name))
-            self._next_row = catalog.last_row() + 1
-        except BaseException:
-            catalog.close()
-            raise
-        return catalog, contents
-
-    async def _look_in(self) -> None:
-        """Serve what another process's catalogue holds."""
-        try:
-            self._adopt(await asyncio.to_thread(peek, self._root))
-        except CatalogUnusable as error:
-            logger.info("store.reads_nothing", extra={"reason": str(error)})
-
-    def _adopt(self, contents: Contents) -> None:
+    def adopt(self, contents: Contents) -> None:
         """Make the blobs in memory those of *contents*, keeping what others refer to."""
         now = self.clock()
         self._use_offset = max((record.used for record in contents.blobs), default=now) - now
@@ -367,22 +235,15 @@ class Store:
         self._blobs = found
         self._room = sum(blob.room for blob in found.values())
         self.memory.absorb(contents)
+        if self.is_writer:
+            # What is being read stays for now: the next write makes room.
+            if self.used > self.budget:
+                with suppress(StoreFull):
+                    self._evict(self.used - self.budget)
+            logger.info("store.open", extra={"blobs": len(self._blobs), "used": self.used})
 
-    async def _tend(self) -> None:
-        """Look for the lock while another process has it; else save when blobs were used."""
-        while True:
-            if self._writer is not None or self._released:
-                await asyncio.sleep(_USES_EVERY_S)
-            else:
-                await asyncio.sleep(_DISK_RETRY_S if self._has_lock else _LOCK_POLL_S)
-            if self._writer is not None:
-                self._save_uses()
-            elif not self._released and self._lock is not None:
-                self._has_lock = self._has_lock or self._lock.acquire()
-                if self._has_lock:
-                    await self._become_writer()
-
-    def _save_uses(self) -> None:
+    def save_uses(self) -> None:
+        """Commit when blobs were used, as far as that is news."""
         since, self._uses_saved_at = self._uses_saved_at, self.clock()
         uses = [
             (blob.last_used + self._use_offset, blob.row.number)
@@ -390,36 +251,12 @@ class Store:
             if blob.last_used >= since
         ]
         if uses:
-            self.submit(Job(lambda catalog: catalog.put_uses(uses), lambda error: None))
+            self.disk.submit(Job(lambda catalog: catalog.put_uses(uses), lambda error: None))
 
-    def _stop_writing(self) -> None:
-        if self._writer is None:
-            return
-        self._save_uses()
-        self._writer.stop()
-        self._writer, self._last_writer = None, self._writer
-        self._can_write.clear()
+    def distrust(self) -> None:
+        """Another process may write from now on: nothing counts as checked any more."""
         for blob in self._blobs.values():
             blob.forget_checks()
-
-    def _wrote_last(self) -> None:
-        """Nothing will be written any more. On the writer's thread."""
-        self.files.close()
-        if self._lock is not None:
-            self._lock.release()
-
-    async def _close(self) -> None:
-        self._released = True
-        self._why_reader = "the store is closed"
-        if self._writer is None and self._lock is not None and self._has_lock:
-            self._lock.release()  # The catalogue could not be opened.
-        self._stop_writing()
-        if self._last_writer is not None:
-            await self._last_writer.join(PATIENCE_S)
-        await asyncio.to_thread(self._threads.shutdown)
-        for blob in self._open:
-            blob.close_file()
-        self._open.clear()
 
     # Budget and eviction
 
@@ -484,7 +321,7 @@ class Store:
         self._evicted_blobs += len(blobs)
         self._evicted_bytes += freed
         # Not awaited: whatever is written next comes after it.
-        self.submit(self._remove_job(blobs))
+        self.disk.submit(self._remove_job(blobs))
         logger.info("store.evicted", extra={"blobs": len(blobs), "bytes": freed})
 
     def _let_go(self, blob: StoredBlob) -> None:
@@ -508,7 +345,7 @@ class Store:
             # without a file is dropped at the next open, and this is how the disk gets room.
             for digest in digests:
                 try:
-                    self.files.remove(digest)
+                    self.disk.files.remove(digest)
                 except OSError as failure:
                     logger.warning(
                         "store.unlink.failed",
@@ -517,46 +354,7 @@ class Store:
 
         return Job(run, lambda error: None, cleanup)
 
-    # What blobs and the memory need
-
-    def submit(self, job: Job) -> asyncio.Future[StoreFull | None]:
-        """Queue *job*; the future is done after its `settle`. Raises `StoreFull`."""
-        self.require_writer()
-        assert self._writer is not None
-        change: asyncio.Future[StoreFull | None] = asyncio.get_running_loop().create_future()
-        settle = job.settle
-
-        def settle_and_tell(error: StoreFull | None) -> None:
-            settle(error)
-            change.set_result(error)
-
-        job.settle = settle_and_tell
-        self._writer.submit(job)
-        return change
-
-    async def admit(self) -> None:
-        """Wait for a place in the writer's queue. Raises `StoreFull`."""
-        if self._admission.locked():
-            try:
-                async with asyncio.timeout(PATIENCE_S):
-                    await self._admission.acquire()
-            except TimeoutError:
-                raise StoreFull("the disk does not keep up") from None
-        else:
-            await self._admission.acquire()
-
-    def leave(self) -> None:
-        """Give the place up."""
-        self._admission.release()
-
-    async def in_thread(self, call: Callable[[], T], *, patience_s: float = PATIENCE_S) -> T:
-        """Run *call*, which only reads, on a thread. Raises `StoreError` if it takes too long."""
-        running = asyncio.get_running_loop().run_in_executor(self._threads, call)
-        try:
-            async with asyncio.timeout(patience_s):
-                return await running
-        except TimeoutError:
-            raise StoreError("the disk does not answer") from None
+    # What blobs need
 
     def note_open(self, blob: StoredBlob) -> None:
         """The blob has a descriptor open now."""
@@ -580,22 +378,8 @@ class Store:
         logger.warning("store.file.lost", extra={"digest": str(blob.digest)})
         del self._blobs[blob.digest]
         self._let_go(blob)
-        if self._writer is not None:
-            self.submit(self._remove_job([blob]))
-
-    async def _persist(self, run: Callable[[Catalog], None]) -> None:
-        if self._writer is None:
-            self._unsaved.append(run)  # For the day this process gets the lock.
-            return
-        try:
-            await self.admit()
-            if self._writer is None:
-                self.leave()
-                self._unsaved.append(run)
-                return
-            await committed(self.submit(Job(run, lambda error: self.leave())))
-        except StoreFull as error:
-            logger.debug("store.memory.uncommitted", extra={"reason": str(error)})
+        if self.is_writer:
+            self.disk.submit(self._remove_job([blob]))
 
 
 def _fits(blob: StoredBlob, layout: Layout, toc_digest: Digest | None) -> bool:

@@ -26,6 +26,20 @@ _BATCH_JOBS: Final = 256
 _BATCH_BYTES: Final = 8 << 20
 
 
+class Row:
+    """A blob's row in the catalogue. *is_open* belongs to the writer's thread.
+
+    It is true while pieces may be written under this row: not before the blob is entered, not once
+    it is taken out, and not when pieces could not be taken out.
+    """
+
+    __slots__ = ("is_open", "number")
+
+    def __init__(self, number: int, *, is_open: bool) -> None:
+        self.number = number
+        self.is_open = is_open
+
+
 @dataclass(slots=True, eq=False)
 class Job:
     """A change. *run* and *cleanup* are called on the writer's thread, *settle* on the event loop.

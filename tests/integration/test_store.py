@@ -11,6 +11,7 @@ import resource
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from array import array
 from collections.abc import Callable
@@ -999,3 +1000,41 @@ async def _small(root: Path) -> dict[str, object]:
 if __name__ == "__main__":
     role = {"hold": _hold, "limited": _limited, "small": _small}[sys.argv[1]]
     os.write(1, json.dumps(asyncio.run(role(Path(sys.argv[2])))).encode())
+
+
+async def test_taking_over_with_a_smaller_budget_waits_for_who_is_reading(tmp_path):
+    data = content(1)
+    first = Store(tmp_path, 1 << 20)
+    await first.__aenter__()
+    await put(first, data)
+    async with Store(tmp_path, len(data) // 2) as second:
+        with found(second, data).reading():
+            await first.__aexit__(None, None, None)
+            async with asyncio.timeout(5):
+                await second.until_writer()
+            assert found(second, data).held
+
+
+async def test_a_process_told_to_release_while_it_takes_over_does_not_keep_the_lock(
+    tmp_path, monkeypatch
+):
+    first = Store(tmp_path, 1 << 20)
+    await first.__aenter__()
+    async with Store(tmp_path, 1 << 20) as second:
+        opening, go_on = threading.Event(), threading.Event()
+        open_really = second.disk._open_and_repair
+
+        def open_slowly():
+            opening.set()
+            assert go_on.wait(5)
+            return open_really()
+
+        monkeypatch.setattr(second.disk, "_open_and_repair", open_slowly)
+        await first.__aexit__(None, None, None)
+        assert await asyncio.to_thread(opening.wait, 5)
+        second.release_writer()
+        go_on.set()
+        async with Store(tmp_path, 1 << 20) as third:
+            async with asyncio.timeout(5):
+                await third.until_writer()
+            assert not second.is_writer
