@@ -100,7 +100,9 @@ async def open_node(config: Config, *, patience: Patience | None = None) -> Asyn
     async with AsyncExitStack() as resources:
         metrics = Metrics()
         proofs = ThreadPoolExecutor(_PROOF_THREADS, thread_name_prefix="proof")
-        resources.callback(proofs.shutdown, wait=True, cancel_futures=True)
+        resources.push_async_callback(
+            asyncio.to_thread, proofs.shutdown, wait=True, cancel_futures=True
+        )
         store = await resources.enter_async_context(Store(config.store, config.store_size))
         session = await resources.enter_async_context(peer_session())
         upstream = await resources.enter_async_context(
@@ -135,13 +137,11 @@ async def open_node(config: Config, *, patience: Patience | None = None) -> Asyn
             tag_max_age_s=config.tag_max_age_s,
             now=wall_clock,
         )
-        clients = [
-            Listener(
-                address,
-                ShortPathServer(MirrorApi(mirror, metrics, registry).handle, store, metrics),
-            )
-            for registry, address in [(None, config.mirror_listen), *config.mirror_for.items()]
-        ]
+        clients: list[Listener] = []
+        for registry, address in [(None, config.mirror_listen), *config.mirror_for.items()]:
+            api = MirrorApi(mirror, metrics, registry)
+            server = ShortPathServer(api.handle, store, metrics, api.repository_of)
+            clients.append(Listener(address, server))
         peer_api = PeerApi(
             config.node_name,
             store,

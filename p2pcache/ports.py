@@ -60,6 +60,12 @@ class StoredBlob(Protocol):
     def read_held_now(self, start: int, stop: int) -> bytes | None:
         """Return held bytes without waiting, or None if that takes a disk or a check."""
 
+    def file_held_now(self, start: int, stop: int) -> int | None:
+        """Return the descriptor of held bytes that can be sent without waiting, or None.
+
+        It is good until the caller next waits.
+        """
+
     async def read(self, part: ByteRange, *, staged: bool = False) -> bytes:
         """Return bytes whose pieces are present, checked against their hashes.
 

@@ -11,10 +11,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, suppress
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
@@ -26,6 +25,7 @@ from p2pcache.core.errors import (
     SourceError,
     SourceLacksBlob,
     SourceRefused,
+    SourceUnavailable,
     StoreError,
 )
 from p2pcache.core.layout import Layout, LayoutKind, PieceMask, PieceState
@@ -35,6 +35,7 @@ from p2pcache.core.proof import find_flaw
 from p2pcache.core.ranges import ByteRange
 from p2pcache.core.toc import Toc, open_tail
 from p2pcache.metrics import Metrics
+from p2pcache.mirror.budget import ByteBudget
 from p2pcache.ports import Neighbours, Offer, Peer, StoredBlob, Upstream
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,11 @@ logger = logging.getLogger(__name__)
 # A client that waits is a container that waits: a source that sends nothing for so long is
 # overtaken by another one. Peers say themselves how fast they usually are.
 UPSTREAM_HEDGE_S: Final = 1.5
+# But the upstream is only asked over a peer's head when that peer does more than hiccup: a busy
+# machine's is often 50 ms late, and each time the registry would be read as if there were no peers.
+MIN_STALL_BEFORE_UPSTREAM_S: Final = 0.25
+# A peer that was overtaken after so long a silence has failed rather than been slow.
+STUCK_S: Final = 0.5
 
 # While all sources fail, a blob that a container may already live on is worth more patience than
 # one that a client could still get elsewhere. Both stay well below the 30 s after which
@@ -110,42 +116,6 @@ class ActiveBlob:
         return PieceState.ABSENT if self.stored is None else self.stored.state_of(piece)
 
 
-class ByteBudget:
-    """A bound on bytes in memory: first come, first served."""
-
-    def __init__(self, total: int) -> None:
-        self._free = self._total = total
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
-
-    async def acquire(self, count: int) -> int:
-        """Wait for *count* bytes, or all there are if that is less; return how many were taken."""
-        count = min(count, self._total)
-        if not self._waiting and self._free >= count:
-            self._free -= count
-            return count
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        entry = (count, future)
-        self._waiting.append(entry)
-        try:
-            await future
-        except asyncio.CancelledError:
-            if future.done() and not future.cancelled():
-                self.release(count)
-            else:
-                self._waiting.remove(entry)
-            raise
-        return count
-
-    def release(self, count: int) -> None:
-        """Give *count* bytes back."""
-        self._free += count
-        while self._waiting and self._waiting[0][0] <= self._free:
-            size, future = self._waiting.popleft()
-            if not future.done():
-                self._free -= size
-                future.set_result(None)
-
-
 class Fetcher:
     """Fetches pieces of active blobs. Owned by the mirror; its tasks live in *tasks*."""
 
@@ -173,10 +143,10 @@ class Fetcher:
 
         Futures end with the piece, with `BlobUnavailable`, or with `TocUnusable`. With
         *ask_peers* off a new fetch goes to the upstream alone; one under way is shared whoever
-        it asks, so look at the origin.
+        it asks, so look at the origin. One that a peer has ended is not shared then.
         """
         loop = asyncio.get_running_loop()
-        missing = [piece for piece in pieces if piece not in blob.inflight]
+        missing = [p for p in pieces if not _is_shared(blob.inflight.get(p), ask_peers)]
         for piece in missing:
             future: asyncio.Future[PieceData] = loop.create_future()
             future.add_done_callback(_mark_retrieved)
@@ -213,7 +183,8 @@ class Fetcher:
             logger.exception("fetch.broken", extra={"digest": str(blob.digest)})
         finally:
             for piece, future in futures.items():
-                del blob.inflight[piece]
+                if blob.inflight.get(piece) is future:
+                    del blob.inflight[piece]
                 if not future.done():
                     future.set_exception(_unavailable(blob, []))
 
@@ -246,6 +217,8 @@ class Fetcher:
                 running: set[asyncio.Task[None]] = set()
                 while not race.is_over:
                     running = {task for task in running if not task.done()}
+                    if sources:
+                        race.patience_s = 0.0 if sources[0] else MIN_STALL_BEFORE_UPSTREAM_S
                     if len(running) < 2 and sources and (not running or race.is_stalled):
                         if running:
                             self._metrics.hedges.inc()
@@ -289,25 +262,36 @@ class Fetcher:
         if not pieces:
             return
         started = time.perf_counter()
+        is_silent = True
         race.expect(peer.hedge_after_s if peer else UPSTREAM_HEDGE_S)
         part = blob.layout.span(pieces)
         buffer = bytearray()
         waiting = iter(pieces)
         piece = next(waiting)
         size = len(blob.layout.range_of(piece))
-        async with aclosing(self._read(blob, peer, part)) as blocks:
-            async for block in blocks:
-                if peer and not buffer and piece == pieces.start:
-                    self._neighbours.note(peer, time.perf_counter() - started)
-                race.tell(progress=True)
-                buffer += block
-                while len(buffer) >= size:
-                    data = bytes(memoryview(buffer)[:size])
-                    del buffer[:size]
-                    await self._accept(race, piece, data, peer, stores)
-                    if race.is_over or (piece := next(waiting, -1)) < 0:
-                        return
-                    size = len(blob.layout.range_of(piece))
+        try:
+            async with aclosing(self._read(blob, peer, part)) as blocks:
+                async for block in blocks:
+                    if peer and is_silent:
+                        self._neighbours.note(peer, time.perf_counter() - started)
+                    is_silent = False
+                    race.tell(progress=True)
+                    buffer += block
+                    while len(buffer) >= size:
+                        data = bytes(memoryview(buffer)[:size])
+                        del buffer[:size]
+                        await self._accept(race, piece, data, peer, stores)
+                        if race.is_over or (piece := next(waiting, -1)) < 0:
+                            return
+                        size = len(blob.layout.range_of(piece))
+        except asyncio.CancelledError:
+            # Overtaken before it said anything. What is not counted is not learned from: a slow
+            # peer would be hedged each time, and one that hangs would be asked for ever.
+            if peer and is_silent:
+                silent_s = time.perf_counter() - started
+                stuck = SourceUnavailable(peer.name, f"silent for {silent_s:.2f} s")
+                self._neighbours.note(peer, stuck if silent_s >= STUCK_S else silent_s)
+            raise
 
     def _read(
         self, blob: ActiveBlob, peer: Peer | None, part: ByteRange
@@ -331,7 +315,8 @@ class Fetcher:
         if future is None or future.done():
             return
         if blob.toc_digest:
-            flaw = await self.prove(blob, piece, data)
+            with race.proving():
+                flaw = await self.prove(blob, piece, data)
             if flaw:
                 if peer is None:
                     blob.upstream_flaws += 1
@@ -410,6 +395,9 @@ class _Race:
         self._news = asyncio.Event()
         self._progress_at = time.monotonic()
         self._hedge_after_s = 0.0
+        self._proofs = 0
+        self.patience_s = 0.0
+        """A source that makes no progress is never overtaken sooner than this."""
 
     @property
     def is_over(self) -> bool:
@@ -426,6 +414,7 @@ class _Race:
         """A source begins, which should show progress within *hedge_after_s*."""
         self._hedge_after_s = hedge_after_s
         self._progress_at = time.monotonic()
+        self._news.set()  # whoever waits has to wait for so long, and no longer
 
     def tell(self, *, progress: bool = False) -> None:
         """Something happened: bytes came, or a source ended."""
@@ -433,16 +422,30 @@ class _Race:
             self._progress_at = time.monotonic()
         self._news.set()
 
+    @contextmanager
+    def proving(self) -> Iterator[None]:
+        """Meanwhile the work is ours: no source is late."""
+        self._proofs += 1
+        try:
+            yield
+        finally:
+            self._proofs -= 1
+            self.tell(progress=True)
+
     @property
     def is_stalled(self) -> bool:
         """No source has made progress for longer than it should take."""
-        return time.monotonic() - self._progress_at >= self._hedge_after_s
+        return not self._proofs and self._left_s() <= 0
+
+    def _left_s(self) -> float:
+        patience = max(self._hedge_after_s, self.patience_s)
+        return self._progress_at + patience - time.monotonic()
 
     async def wait_for_news(self) -> None:
         """Return when something happened or the race is stalled; at most a moment later."""
-        patience = self._progress_at + self._hedge_after_s - time.monotonic()
+        left = _STALL_POLL_S if self._proofs else self._left_s()
         with suppress(TimeoutError):
-            async with asyncio.timeout(patience if patience > 0 else _STALL_POLL_S):
+            async with asyncio.timeout(left if left > 0 else _STALL_POLL_S):
                 await self._news.wait()
         self._news.clear()
 
@@ -472,6 +475,13 @@ def _tail_flaw(blob: ActiveBlob, data: bytes) -> str | None:
     except FormatError as error:
         return str(error)
     return None
+
+
+def _is_shared(future: asyncio.Future[PieceData] | None, ask_peers: bool) -> bool:
+    """Say whether a fetch will do for another reader."""
+    if future is None or ask_peers or not future.done() or future.exception():
+        return future is not None
+    return future.result().origin is not Origin.PEER
 
 
 def _unavailable(blob: ActiveBlob, failures: Sequence[SourceError]) -> BlobUnavailable:

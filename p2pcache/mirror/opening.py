@@ -100,6 +100,8 @@ class Opener:
 
     def forsake_toc(self, blob: ActiveBlob) -> None:
         """The blob cannot be proven by its table of contents: cut it into fixed pieces instead."""
+        if blob.digest in self._unusable_tocs:
+            return  # another reader came first, and may read it anew already
         self._metrics.layout_fallbacks.inc()
         logger.warning("toc.forsaken", extra={"digest": str(blob.digest)})
         self._unusable_tocs[blob.digest] = None

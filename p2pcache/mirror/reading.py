@@ -23,6 +23,7 @@ from p2pcache.core.errors import (
     StoreError,
 )
 from p2pcache.core.layout import LayoutKind, PieceMask, PieceState
+from p2pcache.core.model import Digest
 from p2pcache.core.ranges import ByteRange
 from p2pcache.metrics import Metrics
 from p2pcache.mirror.fetching import (
@@ -83,9 +84,9 @@ class Reader:
         *exact* readers check the blob's own digest, others its chunks. Raises `BlobUnavailable`,
         or `TocUnusable`, in which case the blob must be opened anew.
         """
-        if await self._is_better_whole(blob, exact):
-            await self.gather(blob)
         ahead = _Ahead({})
+        if await self._is_better_whole(blob, exact):
+            await self._settle(blob, ahead)
         chunks_suffice = blob.layout.kind is LayoutKind.TOC and not exact
         if len(parts) > 1 and chunks_suffice:
             wanted = sorted({p for part in parts for p in blob.layout.covering(part)})
@@ -128,13 +129,14 @@ class Reader:
                 continue
             piece = pieces.start
             if not chunks_suffice and blob.state_of(piece) in _UNPROVEN_BY_PEER:
-                await self.gather(blob)
+                await self._settle(blob, ahead)
                 continue
             result = await self._piece(blob, piece, chunks_suffice, ahead)
             if result is None or result.data is None:
                 continue  # stored, or gathered, in the meantime
             if not chunks_suffice and result.origin is Origin.PEER:
-                await self.gather(blob)
+                ahead.asked.pop(piece, None)
+                await self._settle(blob, ahead)
                 continue
             here = blob.layout.range_of(piece)
             stop = min(here.stop, part.stop)
@@ -192,8 +194,8 @@ class Reader:
         self, blob: ActiveBlob, piece: int, chunks_suffice: bool, ahead: _Ahead
     ) -> PieceData | None:
         """Wait for an absent *piece*; None if it or the whole blob came onto the disk instead."""
-        if not chunks_suffice and blob.assembly is not None:
-            await self.gather(blob)
+        if not chunks_suffice and not ahead.no_room and blob.assembly is not None:
+            await self._settle(blob, ahead)
             return None
         future = ahead.asked.get(piece)
         if future is None:  # it was there when we looked ahead, and has been dropped since
@@ -206,7 +208,7 @@ class Reader:
             await self.gather(blob)
             return None
         if result.data is None and blob.state_of(piece) is PieceState.ABSENT:
-            del ahead.asked[piece]  # stored and dropped again: fetch it anew
+            ahead.asked.pop(piece, None)  # stored and dropped again: fetch it anew
         return result
 
     async def _peers_have_all(self, blob: ActiveBlob) -> bool:
@@ -231,6 +233,17 @@ class Reader:
         if blob.assembly is not None:
             await asyncio.shield(blob.assembly)
 
+    async def _settle(self, blob: ActiveBlob, ahead: _Ahead) -> None:
+        """Have what peers gave checked with the whole, or let go of it if there is no room."""
+        try:
+            if not ahead.no_room:
+                await self.gather(blob)
+                return
+        except _NoRoom:
+            ahead.no_room = True
+        if blob.stored is not None:
+            await blob.stored.drop(blob.stored.pieces_in(*_UNPROVEN_BY_PEER))
+
     async def _gather(self, blob: ActiveBlob, done: asyncio.Future[None]) -> None:
         try:
             await self._fill(blob, ask_peers=True)
@@ -254,16 +267,14 @@ class Reader:
         """Bring every absent piece onto the disk."""
         stored = blob.stored
         if stored is None:
-            raise BlobUnavailable(str(blob.digest), missing=False, reason="no room to gather it")
+            raise _NoRoom(blob.digest)
         with stored.reading():
             while absent := _absent(blob, range(blob.layout.count), AHEAD_BYTES):
                 futures = self._fetcher.start(blob, absent, ask_peers=ask_peers)
                 for future in futures.values():
                     result = await asyncio.shield(future)
                     if not await asyncio.shield(result.kept):
-                        raise BlobUnavailable(
-                            str(blob.digest), missing=False, reason="no room to gather it"
-                        )
+                        raise _NoRoom(blob.digest)
 
     async def _confirm(self, blob: ActiveBlob) -> bool:
         if blob.stored is None or not await blob.stored.confirm_whole():
@@ -309,6 +320,13 @@ class Reader:
             self._tasks.create_task(self._gather(blob, blob.assembly))
 
 
+class _NoRoom(BlobUnavailable):
+    """The store cannot take the whole blob, so nobody can check it here."""
+
+    def __init__(self, digest: Digest) -> None:
+        super().__init__(str(digest), missing=False, reason="no room to gather it")
+
+
 @dataclass(slots=True)
 class _Ahead:
     """What one reader has asked for and not yet read."""
@@ -316,6 +334,8 @@ class _Ahead:
     asked: dict[int, asyncio.Future[PieceData]]
     until: int = 0
     """All absent pieces of the part being read, up to this one, have been asked for."""
+    no_room: bool = False
+    """The store cannot take the whole blob: an exact reader gets the upstream's bytes alone."""
 
     def origin_of(self, piece: int) -> Origin:
         """Where this request got a stored piece from: it may have fetched it a moment ago."""

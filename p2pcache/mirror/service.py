@@ -117,23 +117,41 @@ class OpenBlob:
         """In bytes."""
         return self._blob.layout.size
 
+    @property
+    def is_whole(self) -> bool:
+        """It is stored, and its own digest matched."""
+        return self._blob.is_whole
+
+    def file_now(self, start: int, stop: int) -> int | None:
+        """Return a descriptor to send held bytes from; see `StoredBlob.file_held_now`."""
+        stored = self._blob.stored
+        return stored.file_held_now(start, stop) if stored and stored.is_whole else None
+
     async def read(
         self, parts: Sequence[ByteRange], *, exact: bool
     ) -> AsyncGenerator[Segment, None]:
         """Yield the bytes of *parts* in order; see `Reader.read`. Raises `BlobUnavailable`."""
-        begun = False
+        served = 0
         try:
             async for segment in self._reader.read(self._blob, parts, exact=exact):
-                begun = True
+                served += len(segment.data)
                 yield segment
             return
-        except TocUnusable as error:
+        except TocUnusable:
             self._opener.forsake_toc(self._blob)
-            if begun:
-                raise BlobUnavailable(
-                    str(self._blob.digest), missing=False, reason=str(error)
-                ) from error
-        # Nothing has been served yet: read it again, without its table of contents.
+        # What was served is right whatever the table of contents says: go on where that ended.
+        rest = _after(parts, served)
         self._blob = await self._opener.open(self._blob.digest, self._blob.repository)
-        async for segment in self._reader.read(self._blob, parts, exact=exact):
+        async for segment in self._reader.read(self._blob, rest, exact=exact):
             yield segment
+
+
+def _after(parts: Sequence[ByteRange], served: int) -> list[ByteRange]:
+    """Return what is left of *parts* once their first *served* bytes have gone out."""
+    rest: list[ByteRange] = []
+    for part in parts:
+        skipped = min(served, len(part))
+        served -= skipped
+        if skipped < len(part):
+            rest.append(ByteRange(part.start + skipped, part.stop))
+    return rest

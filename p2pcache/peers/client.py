@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Final, TypeVar
 from urllib.parse import quote, urlsplit
 
@@ -31,7 +31,7 @@ from p2pcache.core.errors import (
     SourceUnavailable,
 )
 from p2pcache.core.model import Digest, Manifest, Repository, Tag
-from p2pcache.core.oci import MAX_MANIFEST_SIZE
+from p2pcache.core.oci import MANIFEST_TYPES, MAX_MANIFEST_SIZE, parse_manifest
 from p2pcache.core.peers import PeerRecord
 from p2pcache.core.ranges import ByteRange, parse_content_range
 from p2pcache.core.wire import PROTOCOL, Holding, TagNews, decode_holding, decode_tag
@@ -127,7 +127,7 @@ class PeerClient:
             return None
         if not digest.matches(body):
             raise IntegrityError(self.name, f"sent other bytes as manifest {digest}")
-        return Manifest(digest, headers.get("Content-Type", ""), body)
+        return Manifest(digest, _media_type(body, headers.get("Content-Type", "")), body)
 
     async def _ask(self, target: str, *, signed: bool) -> tuple[bytes | None, Mapping[str, str]]:
         """Ask a small question. None if the peer has no answer."""
@@ -181,6 +181,18 @@ class PeerClient:
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             reason = str(error) or type(error).__name__
             raise SourceUnavailable(self.name, reason) from error
+
+
+def _media_type(manifest: bytes, claimed: str) -> str:
+    """Return a manifest's type: what its bytes say, as the digest proves only them.
+
+    A type decides how a client reads the bytes, so a peer is believed only where they are silent.
+    """
+    with suppress(FormatError):
+        written = parse_manifest(manifest).media_type
+        if written in MANIFEST_TYPES:
+            return written
+    return claimed if claimed.isascii() and claimed.isprintable() else ""
 
 
 def peer_session() -> aiohttp.ClientSession:

@@ -92,13 +92,15 @@ class StaticNeighbours:
     def _is_worth_asking(self, news: dict[PeerClient, _News], wanted: PieceMask | None) -> bool:
         """Say whether what is known is too little or too old, and someone may know more."""
         now = time.monotonic()
-        if not any(self._is_due(news.get(peer), now) for peer in self._usable()):
+        usable = self._usable()
+        if not any(self._is_due(news.get(peer), now) for peer in usable):
             return False
         if wanted is None:
             return True
         bits = 0
-        for item in news.values():
-            if item.holding is None or now - item.at > _STALE_S:
+        for peer in usable:
+            item = news.get(peer)
+            if item is None or item.holding is None or now - item.at > _STALE_S:
                 continue
             if item.holding.is_whole:
                 return False

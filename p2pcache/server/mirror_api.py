@@ -7,10 +7,11 @@ be finished is cut, never padded or ended early as if complete.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, closing
 from types import MappingProxyType
 from typing import Final
 from uuid import uuid4
@@ -26,7 +27,7 @@ from p2pcache.core.errors import (
     RegistryUnknown,
     RequestError,
 )
-from p2pcache.core.model import Digest, Repository, Tag, parse_registry
+from p2pcache.core.model import Digest, Reference, Repository, Tag, parse_registry
 from p2pcache.core.oci import (
     MANIFEST_TYPES,
     OCTET_STREAM,
@@ -41,17 +42,22 @@ from p2pcache.metrics import Metrics
 from p2pcache.mirror.fetching import Origin
 from p2pcache.mirror.reading import Segment
 from p2pcache.mirror.service import Mirror, OpenBlob
+from p2pcache.server.file_sending import FileSender
 
 logger = logging.getLogger(__name__)
 
 _JSON: Final = "application/json"
-_API_VERSION: Final = MappingProxyType({"Docker-Distribution-API-Version": "registry/2.0"})
+_API_VERSION: Final = MappingProxyType(
+    {"Docker-Distribution-API-Version": "registry/2.0", "Server": "p2pcache"}
+)
 
 # Requests being answered at once on one listener; a node's clients have some dozens.
 MAX_WAITING: Final = 1024
 
 # An answer up to this size is put together first and sent in one write.
 _SINGLE_WRITE: Final = 1 << 20
+# How much of a file goes out before other connections have a turn: some 100 µs.
+_FILE_BLOCK: Final = 1 << 20
 
 # The one table from error to status and code (distribution-spec, "Error Codes").
 _ERRORS: Final[tuple[tuple[type[Exception], int, ErrorCode], ...]] = (
@@ -135,17 +141,26 @@ class MirrorApi:
             request.query.get("ns")
             or request.headers.get("OCI-Namespace")
             or request.headers.get("X-Dragonfly-Registry")
-            or self._registry
         )
+        return self.repository_of(registry, route.name, route.reference)
+
+    def repository_of(
+        self, registry: str | None, name: str, reference: Reference | None
+    ) -> Repository | None:
+        """Return the repository called *name*, of the *registry* that the client named if any.
+
+        Raises `RequestError`.
+        """
+        registry = registry or self._registry
         if registry:
             # Dragonfly's header holds a URL.
             host = registry.removeprefix("https://").removeprefix("http://").rstrip("/")
-            return Repository.parse(parse_registry(host), route.name)
-        Repository.parse("unknown", route.name)
-        if isinstance(route.reference, Digest):
-            return self._remembered(route.reference, route.name)
+            return Repository.parse(parse_registry(host), name)
+        Repository.parse("unknown", name)
+        if isinstance(reference, Digest):
+            return self._remembered(reference, name)
         raise RegistryUnknown(
-            f"which registry's {route.name}? add ?ns=HOST, a header OCI-Namespace, or --mirror-for"
+            f"which registry's {name}? add ?ns=HOST, a header OCI-Namespace, or --mirror-for"
         )
 
     def _remembered(self, digest: Digest, name: str) -> Repository | None:
@@ -190,9 +205,10 @@ class MirrorApi:
         answer = await self.mirror.forward(
             repository, path, tuple(request.query.items()), request.headers.getall("Accept", [])
         )
+        headers = {**_API_VERSION, **answer.headers}
         if request.method == "HEAD":
-            return _HeadResponse(len(answer.body), answer.headers, answer.status)
-        return web.Response(status=answer.status, headers=answer.headers, body=answer.body)
+            return _HeadResponse(len(answer.body), headers, answer.status)
+        return web.Response(status=answer.status, headers=headers, body=answer.body)
 
     # -- blobs -------------------------------------------------------------------------------
 
@@ -214,6 +230,10 @@ class MirrorApi:
             else:
                 answer = _multipart(requested.parts, blob.size, headers)
             exact = requested is None or requested.open_ended
+            transport = request.transport
+            large = len(answer.parts) == 1 and answer.length > _SINGLE_WRITE
+            if large and blob.is_whole and transport is not None and not transport.is_closing():
+                return await self._send_whole(request, transport, blob, answer, exact=exact)
             return await self._send(request, blob, answer, started, exact=exact)
 
     async def _send(
@@ -236,8 +256,8 @@ class MirrorApi:
                     )
                 response = web.StreamResponse(status=answer.status, headers=answer.headers)
                 response.content_length = answer.length
-                await response.prepare(request)
                 try:
+                    await response.prepare(request)
                     await response.write(first)
                     async for block in body:
                         await response.write(block)
@@ -250,6 +270,60 @@ class MirrorApi:
                 else:
                     await response.write_eof()
                 return response
+
+    async def _send_whole(
+        self,
+        request: web.BaseRequest,
+        transport: asyncio.Transport,
+        blob: OpenBlob,
+        answer: _Answer,
+        *,
+        exact: bool,
+    ) -> web.StreamResponse:
+        """Send a large part of a whole blob, without copying what the page cache has of it."""
+        [part] = answer.parts
+        position = part.start
+        response = web.StreamResponse(status=answer.status, headers=answer.headers)
+        response.content_length = answer.length
+        count_bytes = self.metrics.served_bytes["local"].inc
+        with closing(FileSender(transport)) as sender:
+            try:
+                while position < part.stop:
+                    stop = min(position + _FILE_BLOCK, part.stop)
+                    file = blob.file_now(position, stop) if position > part.start else None
+                    if file is None:
+                        wanted = (ByteRange(position, stop),)
+                        async with aclosing(blob.read(wanted, exact=exact)) as segments:
+                            async for segment in segments:
+                                if not response.prepared:
+                                    await response.prepare(request)
+                                    # From now on a drained transport is an empty one.
+                                    transport.set_write_buffer_limits(high=0)
+                                await response.write(segment.data)
+                                position += len(segment.data)
+                                self.metrics.served_bytes[segment.origin.value].inc(
+                                    len(segment.data)
+                                )
+                        await request.writer.drain()
+                    elif sent := sender.send_some(file, position, stop):
+                        position += sent
+                        count_bytes(sent)
+                        await asyncio.sleep(0)  # a fast client must not keep the loop for itself
+                    else:
+                        await sender.writable()
+            except BlobUnavailable as error:
+                if not response.prepared:
+                    raise
+                logger.error("answer.cut", extra={"path": request.path, "reason": str(error)})
+                _cut(request)
+            except OSError:
+                logger.debug("client.left", extra={"path": request.path})
+                _cut(request)
+            else:
+                await response.write_eof()
+            finally:
+                transport.set_write_buffer_limits()
+        return response
 
     async def _counted(
         self, segments: AsyncIterator[Segment], started: float

@@ -173,9 +173,9 @@ class PeerApi:
             return web.Response(status=206, headers=headers, body=data)
         response = web.StreamResponse(status=206, headers=headers)
         response.content_length = len(part)
-        await response.prepare(request)
         position = part.start
         try:
+            await response.prepare(request)
             while True:
                 await response.write(data)
                 position += len(data)

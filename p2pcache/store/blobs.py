@@ -32,6 +32,8 @@ RECHECK_AFTER_S: Final = 60.0
 _SLOWEST_DISK: Final = 5 << 20
 # Above this, copying on the event loop would hold up everybody else (1 MiB: some 100 µs).
 READ_NOW_LIMIT: Final = 1 << 20
+# How far apart the pages are that stand for all when a file is sent without copying.
+_RESIDENT_STRIDE: Final = 64 << 10
 _NEVER: Final = float("-inf")
 _HELD: Final = int(PieceState.HELD_UPSTREAM)
 # Which bytes are worth more: a write never replaces a piece by one of the same or a lower rank.
@@ -189,20 +191,9 @@ class StoredBlob:
         """Return held bytes without waiting, or None if that takes a disk or a check."""
         file = self._file
         size = stop - start
-        if file is None or size > READ_NOW_LIMIT:
+        if file is None or size > READ_NOW_LIMIT or not self._is_checked(start, stop):
             return None
         owner = self._owner
-        now = owner.clock()
-        starts, states, checked_until = self._starts, self._states, self._checked_until
-        piece = bisect_right(starts, start) - 1
-        if checked_until[piece] < now or states[piece] < _HELD:
-            return None
-        piece += 1
-        while piece < self._count and starts[piece] < stop:
-            if checked_until[piece] < now or states[piece] < _HELD:
-                return None
-            piece += 1
-        self.last_used = now
         view = owner.scratch[:size]
         try:
             if os.preadv(file.fd, (view,), start, owner.read_flags) != size:
@@ -215,6 +206,37 @@ class StoredBlob:
             owner.read_flags = 0  # A file system without RWF_NOWAIT: rather wait than hop threads.
             return self.read_held_now(start, stop)
         return bytes(view)
+
+    def file_held_now(self, start: int, stop: int) -> int | None:
+        """Return a descriptor to send held bytes from before the caller next waits, or None."""
+        file = self._file
+        owner = self._owner
+        if file is None or not owner.read_flags or not self._is_checked(start, stop):
+            return None
+        # A look at some of the pages: what was read or written together is let go of together.
+        byte = owner.scratch[:1]
+        try:
+            for position in (*range(start, stop, _RESIDENT_STRIDE), stop - 1):
+                if not os.preadv(file.fd, (byte,), position, owner.read_flags):
+                    return None
+        except OSError:
+            return None  # Not in the page cache, or worse: the waiting way finds out.
+        return file.fd
+
+    def _is_checked(self, start: int, stop: int) -> bool:
+        """Say whether these bytes are held, and were checked not long ago: a use of the blob."""
+        now = self._owner.clock()
+        starts, states, checked_until = self._starts, self._states, self._checked_until
+        piece = bisect_right(starts, start) - 1
+        if checked_until[piece] < now or states[piece] < _HELD:
+            return False
+        piece += 1
+        while piece < self._count and starts[piece] < stop:
+            if checked_until[piece] < now or states[piece] < _HELD:
+                return False
+            piece += 1
+        self.last_used = now
+        return True
 
     async def read(self, part: ByteRange, *, staged: bool = False) -> bytes:
         """Return bytes whose pieces are present, checked against their hashes.

@@ -67,20 +67,19 @@ class Process:
 
     def listens_on(self, port: int) -> bool:
         """Tell whether this very process holds a listening TCP socket on *port*."""
-        try:
+        # It has only just been asked for, or it has ended.
+        with suppress(OSError, StopIteration):
             process = Path(f"/proc/{self.pid}")
-        except StopIteration:
-            return False  # it has only just been asked for
-        inodes = set()
-        for table in ("tcp", "tcp6"):
-            for line in (process / "net" / table).read_text().splitlines()[1:]:
-                fields = line.split()
-                if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:
-                    inodes.add(f"socket:[{fields[9]}]")
-        for descriptor in (process / "fd").iterdir():
-            with suppress(OSError):
-                if os.readlink(descriptor) in inodes:
-                    return True
+            inodes = set()
+            for table in ("tcp", "tcp6"):
+                for line in (process / "net" / table).read_text().splitlines()[1:]:
+                    fields = line.split()
+                    if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:
+                        inodes.add(f"socket:[{fields[9]}]")
+            for descriptor in (process / "fd").iterdir():
+                with suppress(OSError):
+                    if os.readlink(descriptor) in inodes:
+                        return True
         return False
 
 

@@ -17,8 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 HERE = Path(__file__).parent
-CACHE = Path.home() / ".cache" / "p2pcache-e2e"
-"""Kept between runs and between clones: what is built once per machine."""
+CACHE = HERE / ".build"
+"""Kept between runs: what is built once per checkout."""
+STARGZ_VERSIONS = ("0.12", "0.18")
 
 PACKAGE_OF = {
     "containerd": "containerd",
@@ -113,7 +114,8 @@ def _build_0_18(folder: Path, entry: Path) -> None:
 
 
 def _go(go: Path, environment: list[str], folder: Path, entry: Path) -> None:
-    command = ["env", f"--chdir={folder}", *environment]
+    # Without cgo no C compiler is needed.
+    command = ["env", f"--chdir={folder}", "CGO_ENABLED=0", *environment]
     command += [str(go), "build", "-o", str(entry / "stargzd"), "."]
     result = subprocess.run(
         command, capture_output=True, text=True, timeout=BUILD_LIMIT_S, check=False
