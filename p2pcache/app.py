@@ -14,13 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
+from urllib.parse import urlsplit
+from uuid import uuid4
 
 import uvloop
 from aiohttp import web
 
 from p2pcache import __version__
 from p2pcache.config import Address, Config
-from p2pcache.core.errors import P2PCacheError
+from p2pcache.core.errors import ConfigError, P2PCacheError
 from p2pcache.logs import set_up_logging
 from p2pcache.metrics import Metrics
 from p2pcache.mirror.service import Mirror
@@ -82,6 +84,8 @@ class Node:
     async def drain(self, timeout_s: float) -> None:
         """Take no more work, let another process take the store over, finish what has begun."""
         self.stopping.set()
+        # First: probes that knock from now on reach the process that takes over, if there is one.
+        self.status.stop_accepting()
         self.store.release_writer()
         listeners = [*self.clients, self.peers]
         for listener in listeners:
@@ -97,8 +101,11 @@ async def open_node(config: Config, *, patience: Patience | None = None) -> Asyn
 
     *patience* is what the node has with upstreams.
     """
+    _check_peers(config)
     async with AsyncExitStack() as resources:
         metrics = Metrics()
+        # Two machines may have one name; by this a node knows itself among its peers.
+        node_id = f"{config.node_name}/{uuid4().hex[:12]}"
         proofs = ThreadPoolExecutor(_PROOF_THREADS, thread_name_prefix="proof")
         resources.push_async_callback(
             asyncio.to_thread, proofs.shutdown, wait=True, cancel_futures=True
@@ -120,7 +127,7 @@ async def open_node(config: Config, *, patience: Patience | None = None) -> Asyn
         wall_clock = time.time  # noqa: TID251 - handed to those who take the time as an argument
         neighbours = StaticNeighbours(
             config.peers,
-            config.node_name,
+            node_id,
             session,
             config.cluster_secret,
             metrics,
@@ -143,7 +150,7 @@ async def open_node(config: Config, *, patience: Patience | None = None) -> Asyn
             server = ShortPathServer(api.handle, store, metrics, api.repository_of)
             clients.append(Listener(address, server))
         peer_api = PeerApi(
-            config.node_name,
+            node_id,
             store,
             store.memory,
             metrics,
@@ -170,7 +177,7 @@ async def open_node(config: Config, *, patience: Patience | None = None) -> Asyn
             "node.ready",
             extra={
                 "version": __version__,
-                "node": config.node_name,
+                "node": node_id,
                 "mirror": str(config.mirror_listen),
                 "peers": str(peers.address),
                 "status": str(config.status_listen),
@@ -181,6 +188,20 @@ async def open_node(config: Config, *, patience: Patience | None = None) -> Asyn
             },
         )
         yield node
+
+
+def _check_peers(config: Config) -> None:
+    """Raise `ConfigError` if what other machines say would be believed without proof."""
+    hosts = {url: urlsplit(url).hostname or "" for url in config.peers}
+    unproven = [url for url, host in hosts.items() if not Address(host, 0).is_loopback]
+    if unproven and config.cluster_secret is None:
+        raise ConfigError(
+            [
+                f"--peer {url}: another machine is only asked with --cluster-secret-file, "
+                "the same on all nodes; make one with: openssl rand -hex 32"
+                for url in unproven
+            ]
+        )
 
 
 def _peer_address(config: Config) -> Address:

@@ -64,7 +64,7 @@ class Config:
     status_listen: Address = Address("127.0.0.1", 29902)
     """Health and metrics."""
     node_name: str = ""
-    """This node's id among its peers: the host name unless given."""
+    """What this node calls itself in logs and to its peers: the host name unless given."""
     upstream: Mapping[str, str] = field(default_factory=dict)
     """Where a registry really is, as a URL. Plain http is used only where this says so."""
     upstream_ca: Path | None = None
@@ -268,7 +268,7 @@ _FLAGS: Final[dict[str, tuple[str, str, Callable[[Any], Any], bool]]] = {
         False,
     ),
     "status-listen": ("ADDR:PORT", "health and metrics (127.0.0.1:29902)", parse_address, False),
-    "node-name": ("NAME", "this node's id among its peers (the host name)", str, False),
+    "node-name": ("NAME", "what this node calls itself (the host name)", str, False),
     "upstream": (
         "HOST=URL",
         "where registry HOST really is (https://HOST); plain http only where given here",

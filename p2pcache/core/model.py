@@ -20,7 +20,7 @@ _HEX_LENGTH: Final = MappingProxyType({"sha256": 64, "sha512": 128})
 _DIGEST = re.compile(r"(sha256|sha512):([0-9a-f]{64,128})", re.ASCII)
 # Far above any layer: 52 GB is the most that Amazon's registry takes. The pieces of a blob take
 # memory in proportion to its size, so a size that someone merely states is bounded.
-MAX_BLOB_SIZE: Final = 1 << 40
+MAX_BLOB_SIZE: Final = 128 << 30
 # distribution-spec, "Pulling manifests": <name> and <reference>.
 _COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _REPOSITORY = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*", re.ASCII)

@@ -20,8 +20,8 @@ from p2pcache.core.model import MAX_BLOB_SIZE, Digest
 PROTOCOL: Final = "v1"
 MEDIA_TYPE: Final = "application/vnd.msgpack"
 
-# The largest blob in the smallest pieces, 64 KiB: a mask of 2 MiB.
-_MAX_PIECES: Final = MAX_BLOB_SIZE >> 16
+# As many as a table of contents may have chunks, and more than a blob can have fixed pieces.
+_MAX_PIECES: Final = 1 << 20
 # RFC 6838, section 4.2: type and subtype have at most 127 characters each; the rest is parameters.
 _MEDIA_TYPE = re.compile(r"[ -~]{0,512}")
 
@@ -38,6 +38,8 @@ class Holding:
     """Where the last piece of a toc layout starts: a hint that saves reading the footer."""
     held: PieceMask
     is_whole: bool
+    toc_digest: Digest | None = None
+    """The table of contents that cut it and proved its pieces; None if the node does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class _WireHolding(msgspec.Struct, array_like=True):
     count: int
     mask: bytes
     whole: bool
+    toc_digest: str = ""
 
 
 class _WireTag(msgspec.Struct, array_like=True):
@@ -83,6 +86,7 @@ def encode_holding(holding: Holding) -> bytes:
             holding.held.count,
             mask,
             holding.is_whole,
+            str(holding.toc_digest or ""),
         )
     )
 
@@ -102,9 +106,10 @@ def decode_holding(body: bytes) -> Holding:
             if wire.whole
             else PieceMask.from_bytes(wire.count, wire.mask)
         )
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        toc_digest = Digest.parse(wire.toc_digest) if wire.toc_digest else None
+    except (msgspec.MsgspecError, ValueError, RecursionError, BadDigest) as error:
         raise FormatError(f"not a holding: {error}") from error
-    return Holding(wire.node, wire.size, kind, wire.toc_offset, held, wire.whole)
+    return Holding(wire.node, wire.size, kind, wire.toc_offset, held, wire.whole, toc_digest)
 
 
 def encode_tag(news: TagNews) -> bytes:

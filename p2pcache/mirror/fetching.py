@@ -9,13 +9,12 @@ with an error.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, contextmanager, suppress
-from dataclasses import dataclass, field
-from enum import Enum
+from contextlib import aclosing, suppress
 from typing import Final
 
 from p2pcache.core.errors import (
@@ -28,15 +27,16 @@ from p2pcache.core.errors import (
     SourceUnavailable,
     StoreError,
 )
-from p2pcache.core.layout import Layout, LayoutKind, PieceMask, PieceState
-from p2pcache.core.model import Digest, Repository
+from p2pcache.core.layout import PieceMask, PieceState
 from p2pcache.core.plan import Run, assign
 from p2pcache.core.proof import find_flaw
 from p2pcache.core.ranges import ByteRange
 from p2pcache.core.toc import Toc, open_tail
 from p2pcache.metrics import Metrics
+from p2pcache.mirror.active import ActiveBlob, Origin, PieceData, TocUnusable, usable_mask
 from p2pcache.mirror.budget import ByteBudget
-from p2pcache.ports import Neighbours, Offer, Peer, StoredBlob, Upstream
+from p2pcache.mirror.race import Race
+from p2pcache.ports import Neighbours, Peer, Upstream
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,13 @@ UPSTREAM_HEDGE_S: Final = 1.5
 # But the upstream is only asked over a peer's head when that peer does more than hiccup: a busy
 # machine's is often 50 ms late, and each time the registry would be read as if there were no peers.
 MIN_STALL_BEFORE_UPSTREAM_S: Final = 0.25
+# Fewer bytes than this are not progress: a source that drips is overtaken like one that stalls.
+PROGRESS_BYTES: Final = 16 << 10
+# Sources that read the same pieces at once, each because the ones before it had stalled.
+_MAX_RIVALS: Final = 3
+# What a peer may take for a run. A neighbour slower than this is no help.
+_PEER_RUN_S: Final = 3.0
+_SLOWEST_PEER: Final = 1 << 20
 # A peer that was overtaken after so long a silence has failed rather than been slow.
 STUCK_S: Final = 0.5
 
@@ -56,64 +63,8 @@ PATIENCE_S: Final = 12.0
 SHORT_PATIENCE_S: Final = 1.0
 _FIRST_RETRY_S: Final = 0.1
 _MAX_RETRY_S: Final = 2.0
-# How often a race that is stalled with no further source to ask looks again.
-_STALL_POLL_S: Final = 1.0
 
 MAX_BYTES_IN_FLIGHT: Final = 256 << 20
-
-
-class Origin(Enum):
-    """Where a piece came from. The value is the metrics label."""
-
-    LOCAL = "local"
-    PEER = "peer"
-    UPSTREAM = "upstream"
-
-
-class PieceData:
-    """A fetched piece, in memory until the store has it."""
-
-    __slots__ = ("data", "kept", "origin")
-
-    def __init__(self, data: bytes, origin: Origin) -> None:
-        self.data: bytes | None = data
-        self.origin = origin
-        self.kept: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        """Ends once the store has it, or with False if there is no room."""
-
-
-class TocUnusable(IntegrityError):
-    """The upstream's own bytes do not match the table of contents: read the blob without it."""
-
-
-@dataclass(slots=True, eq=False)
-class ActiveBlob:
-    """A blob that is being read or served. *stored* is None if the store has no room for it."""
-
-    digest: Digest
-    layout: Layout
-    repository: Repository | None
-    """Where the upstream has it; None if only peers can be asked."""
-    stored: StoredBlob | None
-    toc_digest: Digest | None
-    toc: Toc | None
-    inflight: dict[int, asyncio.Future[PieceData]] = field(default_factory=dict)
-    contributors: dict[int, Peer] = field(default_factory=dict)
-    """Who delivered the pieces that are not proven bit for bit."""
-    upstream_flaws: int = 0
-    """How often the upstream's own bytes did not match the table of contents."""
-    assembly: asyncio.Future[None] | None = None
-    """Set while somebody gathers the whole blob to check its digest."""
-    readers: int = 0
-
-    @property
-    def is_whole(self) -> bool:
-        """Its own digest matched."""
-        return self.stored is not None and self.stored.is_whole
-
-    def state_of(self, piece: int) -> PieceState:
-        """What is on disk of *piece*."""
-        return PieceState.ABSENT if self.stored is None else self.stored.state_of(piece)
 
 
 class Fetcher:
@@ -177,6 +128,10 @@ class Fetcher:
                     return
                 await asyncio.sleep(delay)
                 delay = min(2 * delay, _MAX_RETRY_S)
+        except TocUnusable as error:
+            for future in futures.values():
+                if not future.done():
+                    future.set_exception(TocUnusable(error.source, error.reason))
         except BlobUnavailable as error:
             logger.info("toc.unavailable", extra={"digest": str(blob.digest), "reason": str(error)})
         except Exception:  # the one place where a bug in a fetch ends, and it is logged
@@ -210,7 +165,7 @@ class Fetcher:
     ) -> None:
         """Ask the sources of *run* in turn; one that makes no progress is overtaken."""
         taken = await self._budget.acquire(len(blob.layout.span(run.pieces)))
-        race = _Race(blob, run)
+        race = Race(blob, run)
         sources = [*run.peers, None] if blob.repository else list(run.peers)
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -219,7 +174,7 @@ class Fetcher:
                     running = {task for task in running if not task.done()}
                     if sources:
                         race.patience_s = 0.0 if sources[0] else MIN_STALL_BEFORE_UPSTREAM_S
-                    if len(running) < 2 and sources and (not running or race.is_stalled):
+                    if len(running) < _MAX_RIVALS and sources and (not running or race.is_stalled):
                         if running:
                             self._metrics.hedges.inc()
                         attempt = self._attempt(race, sources.pop(0), tasks, failures)
@@ -234,15 +189,23 @@ class Fetcher:
 
     async def _attempt(
         self,
-        race: _Race,
+        race: Race,
         peer: Peer | None,
         stores: asyncio.TaskGroup,
         failures: list[SourceError],
     ) -> None:
         """Read the rest of a run from one source, the upstream if *peer* is None."""
         source, label = (peer.name, "peer") if peer else ("upstream", "upstream")
+        size = len(race.blob.layout.span(race.open_pieces() or range(1)))
+        limit_s = _PEER_RUN_S + size / _SLOWEST_PEER if peer else None
         try:
-            await self._read_run(race, peer, stores)
+            try:
+                async with asyncio.timeout(limit_s):
+                    await self._read_run(race, peer, stores)
+            except TimeoutError as late:
+                raise SourceUnavailable(source, f"not done within {limit_s:.1f} s") from late
+            except BlobUnavailable as lacking:  # the table of contents, to prove a piece with
+                raise SourceUnavailable(source, str(lacking)) from lacking
         except SourceError as error:
             failures.append(error)
             reason = type(error).__name__
@@ -256,13 +219,14 @@ class Fetcher:
         finally:
             race.tell()
 
-    async def _read_run(self, race: _Race, peer: Peer | None, stores: asyncio.TaskGroup) -> None:
+    async def _read_run(self, race: Race, peer: Peer | None, stores: asyncio.TaskGroup) -> None:
         blob = race.blob
         pieces = race.open_pieces()
         if not pieces:
             return
         started = time.perf_counter()
         is_silent = True
+        uncredited = 0
         race.expect(peer.hedge_after_s if peer else UPSTREAM_HEDGE_S)
         part = blob.layout.span(pieces)
         buffer = bytearray()
@@ -274,8 +238,11 @@ class Fetcher:
                 async for block in blocks:
                     if peer and is_silent:
                         self._neighbours.note(peer, time.perf_counter() - started)
+                    uncredited += len(block)
+                    if is_silent or uncredited >= PROGRESS_BYTES:
+                        race.tell(progress=True)
+                        uncredited = 0
                     is_silent = False
-                    race.tell(progress=True)
                     buffer += block
                     while len(buffer) >= size:
                         data = bytes(memoryview(buffer)[:size])
@@ -303,7 +270,7 @@ class Fetcher:
 
     async def _accept(
         self,
-        race: _Race,
+        race: Race,
         piece: int,
         data: bytes,
         peer: Peer | None,
@@ -319,9 +286,11 @@ class Fetcher:
                 flaw = await self.prove(blob, piece, data)
             if flaw:
                 if peer is None:
-                    blob.upstream_flaws += 1
-                    if blob.upstream_flaws > 1 and not future.done():
+                    # The same bytes twice: not an accident on the way, the TOC is wrong.
+                    found = hashlib.sha256(data).digest()
+                    if blob.upstream_flaws.get(piece) == found and not future.done():
                         future.set_exception(TocUnusable("upstream", flaw))
+                    blob.upstream_flaws[piece] = found
                 source = peer.name if peer else "upstream"
                 raise IntegrityError(source, f"piece {piece}: {flaw}")
             state = PieceState.HELD_PEER if peer else PieceState.HELD_UPSTREAM
@@ -379,89 +348,13 @@ class Fetcher:
                 data = result.data
             if data is None:  # stored in the meantime
                 return await self.toc_of(blob)
-            blob.toc = await asyncio.get_running_loop().run_in_executor(
-                self._proofs, _open_tail, blob, data
-            )
+            try:
+                blob.toc = await asyncio.get_running_loop().run_in_executor(
+                    self._proofs, _open_tail, blob, data
+                )
+            except FormatError as error:
+                raise TocUnusable("store", str(error)) from error
         return blob.toc
-
-
-class _Race:
-    """One run, and the sources that are reading it at once."""
-
-    def __init__(self, blob: ActiveBlob, run: Run[Peer]) -> None:
-        self.blob = blob
-        self._run = run
-        self._futures = [blob.inflight[piece] for piece in run.pieces]
-        self._news = asyncio.Event()
-        self._progress_at = time.monotonic()
-        self._hedge_after_s = 0.0
-        self._proofs = 0
-        self.patience_s = 0.0
-        """A source that makes no progress is never overtaken sooner than this."""
-
-    @property
-    def is_over(self) -> bool:
-        """Every piece has come, or never will."""
-        return all(future.done() for future in self._futures)
-
-    def open_pieces(self) -> range:
-        """The stretch of the run that still lacks pieces."""
-        pieces = self._run.pieces
-        lacking = [p for p, future in zip(pieces, self._futures, strict=True) if not future.done()]
-        return range(lacking[0], lacking[-1] + 1) if lacking else pieces[:0]
-
-    def expect(self, hedge_after_s: float) -> None:
-        """A source begins, which should show progress within *hedge_after_s*."""
-        self._hedge_after_s = hedge_after_s
-        self._progress_at = time.monotonic()
-        self._news.set()  # whoever waits has to wait for so long, and no longer
-
-    def tell(self, *, progress: bool = False) -> None:
-        """Something happened: bytes came, or a source ended."""
-        if progress:
-            self._progress_at = time.monotonic()
-        self._news.set()
-
-    @contextmanager
-    def proving(self) -> Iterator[None]:
-        """Meanwhile the work is ours: no source is late."""
-        self._proofs += 1
-        try:
-            yield
-        finally:
-            self._proofs -= 1
-            self.tell(progress=True)
-
-    @property
-    def is_stalled(self) -> bool:
-        """No source has made progress for longer than it should take."""
-        return not self._proofs and self._left_s() <= 0
-
-    def _left_s(self) -> float:
-        patience = max(self._hedge_after_s, self.patience_s)
-        return self._progress_at + patience - time.monotonic()
-
-    async def wait_for_news(self) -> None:
-        """Return when something happened or the race is stalled; at most a moment later."""
-        left = _STALL_POLL_S if self._proofs else self._left_s()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(left if left > 0 else _STALL_POLL_S):
-                await self._news.wait()
-        self._news.clear()
-
-
-def usable_mask(offer: Offer, blob: ActiveBlob) -> PieceMask | None:
-    """Return the pieces of *blob* that an offer is good for; None if there are none.
-
-    A part of a blob is only of use where both sides cut it alike and each piece can be proven.
-    """
-    holding, count = offer.holding, blob.layout.count
-    if holding.size != blob.layout.size:
-        return None
-    if holding.is_whole:
-        return PieceMask.full(count)
-    alike = holding.kind is blob.layout.kind is LayoutKind.TOC and holding.held.count == count
-    return holding.held if alike and holding.held else None
 
 
 def _open_tail(blob: ActiveBlob, data: bytes) -> Toc:

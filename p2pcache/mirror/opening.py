@@ -29,7 +29,7 @@ from p2pcache.core.model import MAX_BLOB_SIZE, BlobFacts, Digest, Repository
 from p2pcache.core.ranges import ByteRange
 from p2pcache.core.toc import FOOTER_PROBE_SIZE, Toc, find_footer, open_tail
 from p2pcache.metrics import Metrics
-from p2pcache.mirror.fetching import ActiveBlob
+from p2pcache.mirror.active import ActiveBlob
 from p2pcache.ports import BlobStore, Memory, Neighbours, Offer, Upstream
 
 logger = logging.getLogger(__name__)
@@ -104,10 +104,13 @@ class Opener:
             return  # another reader came first, and may read it anew already
         self._metrics.layout_fallbacks.inc()
         logger.warning("toc.forsaken", extra={"digest": str(blob.digest)})
-        self._unusable_tocs[blob.digest] = None
+        self._note_unusable(blob.digest)
+        self._active.pop(blob.digest, None)
+
+    def _note_unusable(self, digest: Digest) -> None:
+        self._unusable_tocs[digest] = None
         while len(self._unusable_tocs) > _MAX_IDLE_BLOBS:
             self._unusable_tocs.popitem(last=False)
-        self._active.pop(blob.digest, None)
 
     def _is_outdated(self, blob: ActiveBlob) -> bool:
         """The store has evicted or replaced it, or a manifest has told more about it."""
@@ -153,7 +156,9 @@ class Opener:
         if stored is None:
             return None
         toc_digest = self._toc_digest(facts, digest)
-        usable = (
+        # Pieces proven by one table of contents outrank another image's claim of another one.
+        proven = stored.toc_digest is not None and digest not in self._unusable_tocs and stored.held
+        usable = proven or (
             stored.is_whole
             or stored.toc_digest == toc_digest
             or (facts is None and stored.toc_digest is not None)
@@ -173,7 +178,7 @@ class Opener:
             except FormatError as error:
                 logger.warning("toc.unusable", extra={"digest": str(digest), "reason": str(error)})
                 self._metrics.layout_fallbacks.inc()
-                self._unusable_tocs[digest] = None
+                self._note_unusable(digest)
         size = facts.size if facts else await self._size_of(digest, repository, offers)
         if size > MAX_BLOB_SIZE:
             raise BlobUnavailable(str(digest), missing=True, reason=f"{size} bytes are too many")
@@ -219,6 +224,8 @@ class Opener:
             start = offer.holding.toc_offset
             if start is None or offer.holding.size != size:
                 continue
+            if offer.holding.toc_digest not in (None, toc_digest):
+                continue  # it was told of another table of contents: no lie, but no help
             try:
                 tail = await _collect(offer.peer.read(digest, ByteRange(start, size)))
                 toc = await self._prove_tail(tail, size, toc_digest)
@@ -230,7 +237,15 @@ class Opener:
                 self._neighbours.note(offer.peer, error)
         if toc is None:
             tail = await self._tail_from_upstream(digest, repository, size)
-            toc = await self._prove_tail(tail, size, toc_digest)
+            try:
+                toc = await self._prove_tail(tail, size, toc_digest)
+            except FormatError:
+                # The same bytes twice: not an accident on the way, the image is wrong.
+                again = await self._tail_from_upstream(digest, repository, size)
+                if again == tail:
+                    raise
+                tail = again
+                toc = await self._prove_tail(tail, size, toc_digest)
             state = PieceState.HELD_UPSTREAM
         layout = toc.layout()
         blob = await self._make(digest, layout, repository, toc_digest)

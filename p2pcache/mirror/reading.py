@@ -26,14 +26,8 @@ from p2pcache.core.layout import LayoutKind, PieceMask, PieceState
 from p2pcache.core.model import Digest
 from p2pcache.core.ranges import ByteRange
 from p2pcache.metrics import Metrics
-from p2pcache.mirror.fetching import (
-    ActiveBlob,
-    Fetcher,
-    Origin,
-    PieceData,
-    TocUnusable,
-    usable_mask,
-)
+from p2pcache.mirror.active import ActiveBlob, Origin, PieceData, TocUnusable, usable_mask
+from p2pcache.mirror.fetching import Fetcher
 from p2pcache.ports import Neighbours, Peer
 
 logger = logging.getLogger(__name__)
@@ -49,6 +43,9 @@ BLOCK_BYTES: Final = 1 << 20
 SMALL_BLOB_BYTES: Final = 4 << 20
 
 _UNPROVEN_BY_PEER: Final = (PieceState.STAGED_PEER, PieceState.HELD_PEER)
+# A blob in which more pieces than this went rotten while it was open is served without the disk.
+_MAX_ROTTEN: Final = 64
+
 _PRESENT: Final = tuple(state for state in PieceState if state is not PieceState.ABSENT)
 _BY_UPSTREAM: Final = (PieceState.STAGED_UPSTREAM, PieceState.HELD_UPSTREAM)
 
@@ -182,6 +179,9 @@ class Reader:
             return await stored.read(part, staged=not chunks_suffice)
         except StoreCorrupt as error:
             self._metrics.rotten_pieces.inc()
+            blob.rotten += 1
+            if blob.rotten > _MAX_ROTTEN:
+                blob.stored = None  # the disk spoils what it is given: go on without it
             logger.warning("store.rotten", extra={"digest": str(blob.digest), "piece": error.piece})
         except StoreError as error:
             logger.warning(
@@ -285,7 +285,8 @@ class Reader:
     async def _replace_doubtful(self, blob: ActiveBlob) -> None:
         """The whole did not match: take what peers gave from the upstream, and see who lied."""
         stored = blob.stored
-        assert stored is not None
+        if stored is None:
+            raise BlobUnavailable(str(blob.digest), missing=False, reason="the store let go of it")
         doubtful = stored.pieces_in(*_UNPROVEN_BY_PEER)
         logger.warning(
             "blob.mismatch",
@@ -297,7 +298,8 @@ class Reader:
         if not doubtful:
             await stored.drop(range(blob.layout.count))
             raise IntegrityError("upstream", f"{blob.digest} does not match what it serves")
-        if len(set(givers.values())) == 1:
+        if doubtful.is_full and len(set(givers.values())) == 1 and len(givers) == len(doubtful):
+            # All of it came from one peer: no need to look further, even with the upstream down.
             self._blame(next(iter(givers.values())), blob)
             givers = {}
         await self._fill(blob, ask_peers=False)

@@ -11,7 +11,8 @@ from p2pcache.core.errors import BlobUnavailable, SourceError, SourceLacksBlob, 
 from p2pcache.core.model import BlobFacts, Digest, Repository
 from p2pcache.core.ranges import ByteRange
 from p2pcache.metrics import Metrics
-from p2pcache.mirror.fetching import ActiveBlob, Fetcher, TocUnusable
+from p2pcache.mirror.active import ActiveBlob, TocUnusable
+from p2pcache.mirror.fetching import Fetcher
 from p2pcache.mirror.manifests import Manifests
 from p2pcache.mirror.opening import Opener
 from p2pcache.mirror.reading import Reader, Segment

@@ -198,7 +198,7 @@ def _media_type(manifest: bytes, claimed: str) -> str:
 def peer_session() -> aiohttp.ClientSession:
     """Return a session for peers: one pool, keep-alive, no cookies, no proxies."""
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, limit_per_host=32, keepalive_timeout=60),
+        connector=aiohttp.TCPConnector(limit=0, limit_per_host=128, keepalive_timeout=60),
         timeout=aiohttp.ClientTimeout(
             total=None, sock_connect=CONNECT_S, sock_read=NO_PROGRESS_S, connect=CONNECT_S * 2
         ),

@@ -39,7 +39,7 @@ from p2pcache.core.oci import (
 )
 from p2pcache.core.ranges import ByteRange, multipart_heads, parse_range
 from p2pcache.metrics import Metrics
-from p2pcache.mirror.fetching import Origin
+from p2pcache.mirror.active import Origin
 from p2pcache.mirror.reading import Segment
 from p2pcache.mirror.service import Mirror, OpenBlob
 from p2pcache.server.file_sending import FileSender
@@ -53,6 +53,9 @@ _API_VERSION: Final = MappingProxyType(
 
 # Requests being answered at once on one listener; a node's clients have some dozens.
 MAX_WAITING: Final = 1024
+
+# A client that takes nothing for so long holds up a place and keeps a blob from eviction.
+SEND_S: Final = 120.0
 
 # An answer up to this size is put together first and sent in one write.
 _SINGLE_WRITE: Final = 1 << 20
@@ -229,7 +232,9 @@ class MirrorApi:
                 answer = _partial(requested.parts[0], blob.size, headers)
             else:
                 answer = _multipart(requested.parts, blob.size, headers)
-            exact = requested is None or requested.open_ended
+            # Whoever takes all of it will check all of it.
+            everything = sum(map(len, answer.parts)) >= blob.size
+            exact = requested is None or requested.open_ended or everything
             transport = request.transport
             large = len(answer.parts) == 1 and answer.length > _SINGLE_WRITE
             if large and blob.is_whole and transport is not None and not transport.is_closing():
@@ -258,14 +263,15 @@ class MirrorApi:
                 response.content_length = answer.length
                 try:
                     await response.prepare(request)
-                    await response.write(first)
+                    await _write(response, first)
                     async for block in body:
-                        await response.write(block)
+                        await _write(response, block)
                 except BlobUnavailable as error:
                     logger.error("answer.cut", extra={"path": request.path, "reason": str(error)})
                     _cut(request)
-                except ConnectionError:
+                except (ConnectionError, TimeoutError):
                     logger.debug("client.left", extra={"path": request.path})
+                    _cut(request)
                     return response
                 else:
                     await response.write_eof()
@@ -299,18 +305,20 @@ class MirrorApi:
                                     await response.prepare(request)
                                     # From now on a drained transport is an empty one.
                                     transport.set_write_buffer_limits(high=0)
-                                await response.write(segment.data)
+                                await _write(response, segment.data)
                                 position += len(segment.data)
                                 self.metrics.served_bytes[segment.origin.value].inc(
                                     len(segment.data)
                                 )
-                        await request.writer.drain()
+                        async with asyncio.timeout(SEND_S):
+                            await request.writer.drain()
                     elif sent := sender.send_some(file, position, stop):
                         position += sent
                         count_bytes(sent)
                         await asyncio.sleep(0)  # a fast client must not keep the loop for itself
                     else:
-                        await sender.writable()
+                        async with asyncio.timeout(SEND_S):
+                            await sender.writable()
             except BlobUnavailable as error:
                 if not response.prepared:
                     raise
@@ -436,6 +444,11 @@ def _unavailable(error: BlobUnavailable, kind: str) -> web.Response:
         return _error(404, unknown, str(error))
     logger.warning("answer.unavailable", extra={"kind": kind, "reason": str(error)})
     return _error(503, unknown, str(error))
+
+
+async def _write(response: web.StreamResponse, block: bytes) -> None:
+    async with asyncio.timeout(SEND_S):
+        await response.write(block)
 
 
 def _cut(request: web.BaseRequest) -> None:

@@ -6,6 +6,7 @@ circles. With a cluster secret every request must prove it.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from typing import Final
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 _BLOCK: Final = 1 << 20
 _MAX_UPLOADS: Final = 256
+# A peer that takes nothing for so long is gone, or will not miss what it did not take.
+_SEND_S: Final = 30.0
 
 
 class PeerApi:
@@ -115,7 +118,13 @@ class PeerApi:
         layout = stored.layout
         toc_offset = layout.starts[-1] if layout.kind is LayoutKind.TOC else None
         holding = Holding(
-            self._node_id, layout.size, layout.kind, toc_offset, stored.held, stored.is_whole
+            self._node_id,
+            layout.size,
+            layout.kind,
+            toc_offset,
+            stored.held,
+            stored.is_whole,
+            stored.toc_digest,
         )
         return self._signed(request, encode_holding(holding))
 
@@ -177,7 +186,8 @@ class PeerApi:
         try:
             await response.prepare(request)
             while True:
-                await response.write(data)
+                async with asyncio.timeout(_SEND_S):
+                    await response.write(data)
                 position += len(data)
                 if position >= part.stop:
                     break
@@ -186,8 +196,10 @@ class PeerApi:
             logger.warning("upload.cut", extra={"reason": str(error)})
             if request.transport is not None:
                 request.transport.abort()
-        except ConnectionError:
+        except (ConnectionError, TimeoutError):
             logger.debug("peer.left")
+            if request.transport is not None:
+                request.transport.abort()
         else:
             await response.write_eof()
         return response

@@ -50,7 +50,7 @@ def test_overlap_is_what_both_have(one, other):
     assert len(one) == len(members(one))
 
 
-@given(byte_ranges(), st.integers(0, 1 << 39))
+@given(byte_ranges(1 << 36), st.integers(0, 1 << 36))
 def test_a_printed_range_is_read_back(part, more):
     size = min(part.stop + more, MAX_BLOB_SIZE)
     assert parse_range(part.header, size) == RequestedRanges((part,), open_ended=False)

@@ -37,6 +37,7 @@ def holdings(draw):
         draw(st.none() | st.integers(0, size - 1)) if size else None,
         PieceMask.full(count) if whole else mask,
         whole,
+        draw(st.none() | st.just(A)),
     )
 
 
@@ -158,7 +159,7 @@ def test_impossible_news_of_a_tag_is_refused(body):
 
 
 def test_what_a_later_version_adds_at_the_end_is_passed_over():
-    assert decode_holding(msgspec.msgpack.encode([*msgspec.msgpack.decode(wire()), "new"]))
+    assert decode_holding(msgspec.msgpack.encode([*msgspec.msgpack.decode(wire()), "", "new"]))
     assert decode_tag(msgspec.msgpack.encode([*msgspec.msgpack.decode(tag()), "new"]))
 
 
