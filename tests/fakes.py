@@ -459,7 +459,7 @@ class FakeHost:
                 paused = True
             if at >= reply.end_at:
                 return _drop(request, reply)
-            stop = min(at + _BLOCK, reply.end_at, _NEVER if paused else reply.pause_at)
+            stop = min(at + self._block, reply.end_at, _NEVER if paused else reply.pause_at)
             start = at % len(body) if reply.endless else at
             block = body[start : start + stop - at]
             await self._throttle(len(block))
@@ -476,6 +476,13 @@ class FakeHost:
     async def _pause(self, reply: Reply) -> None:
         # An event that nobody sets: the handler is cancelled when the client goes away.
         await (reply.resume or asyncio.Event()).wait()
+
+    @property
+    def _block(self) -> int:
+        """How much is sent at once: a slow host drips."""
+        return (
+            _BLOCK if self.bytes_per_s is None else max(1, min(_BLOCK, int(self.bytes_per_s / 50)))
+        )
 
     async def _throttle(self, size: int) -> None:
         if self.bytes_per_s is None:

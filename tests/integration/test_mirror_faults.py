@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from p2pcache.core.errors import ConfigError
 from p2pcache.core.model import Digest
 from p2pcache.core.ranges import ByteRange
 from p2pcache.core.wire import decode_holding
@@ -259,6 +260,20 @@ def hostile_layers():
     yield "nothing", with_toc(LAYER, b"", b"")
     # The TOC is sound, but not the one that the manifest names.
     yield "another TOC", replace(LAYER, toc_digest=Digest.of(b"another"))
+
+
+async def test_accidents_in_different_pieces_do_not_cost_a_layer_its_table_of_contents(
+    tmp_path, registry
+):
+    image = add_lazy_image(registry, LAYER)
+    async with running(tmp_path / "node", registry) as node:
+        await node.pull_manifest(image)
+        for wanted, start in (("bytes=1000-1999", 1000), ("bytes=300000-300999", 300_000)):
+            registry.inject(FlipBit(at=200), method="GET", path="*/blobs/*")
+            expected = LAYER.blob[start : start + 1000]
+            assert await node.read(LAYER.digest, wanted) == expected
+        assert node.count("source_failures", source="upstream", reason="IntegrityError") == 2
+        assert node.count("layout_fallbacks") == 0
 
 
 HOSTILE = dict(hostile_layers())
@@ -589,3 +604,9 @@ async def test_faults_in_a_row_do_not_add_up(tmp_path, registry):
         registry.inject(fault, method="GET", path="*/blobs/*")
     async with running(tmp_path / "node", registry) as node:
         assert await node.read(digest) == PLAIN
+
+
+async def test_strangers_are_not_asked_without_a_secret(tmp_path, registry):
+    with pytest.raises(ConfigError, match="--cluster-secret-file"):
+        async with running(tmp_path / "node", registry, peers=["http://192.0.2.1:29901"]):
+            pass

@@ -124,6 +124,21 @@ async def test_a_peer_that_lies_is_blamed_once_and_not_asked_again(
         assert node.count("source_failures", source="peer", reason="IntegrityError") == 1
 
 
+async def test_a_peer_that_drips_is_overtaken(tmp_path, registry, peer):
+    peer.hold(LAYER.digest, LAYER.blob, LAYOUT)
+    image = add_lazy_image(registry, LAYER)
+    async with running(tmp_path / "node", registry, peers=[peer.url]) as node:
+        await node.pull_manifest(image)
+        await node.read(LAYER.digest, "bytes=0-1")
+        peer.bytes_per_s = 2000.0
+        began = time.monotonic()
+        assert await node.read(LAYER.digest, WITHIN) == LAYER.blob[200_000:200_100]
+        # At that rate the piece alone would take longer than a snapshotter waits.
+        assert time.monotonic() - began < 10.0
+        assert node.count("hedged_reads") >= 1
+        assert node.count("peer_blames") == 0
+
+
 @pytest.mark.parametrize("fault", FAILURES.values(), ids=FAILURES)
 async def test_a_peer_that_fails_is_not_blamed_and_costs_little_time(
     tmp_path, registry, peer, fault: Fault
