@@ -13,13 +13,19 @@ import socket
 
 
 class FileSender:
-    """The socket of one connection, under a descriptor of its own."""
+    """The socket of one connection, under a descriptor of its own.
+
+    Raises `ConnectionResetError` if the connection is gone.
+    """
 
     __slots__ = ("_socket", "_transport")
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
-        self._socket = socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno()))
+        theirs = transport.get_extra_info("socket")
+        if theirs is None or theirs.fileno() < 0:
+            raise ConnectionResetError("the client has left")
+        self._socket = socket.socket(fileno=os.dup(theirs.fileno()))
         self._socket.setblocking(False)
 
     def close(self) -> None:

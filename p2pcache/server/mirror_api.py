@@ -292,7 +292,12 @@ class MirrorApi:
         response = web.StreamResponse(status=answer.status, headers=answer.headers)
         response.content_length = answer.length
         count_bytes = self.metrics.served_bytes["local"].inc
-        with closing(FileSender(transport)) as sender:
+        try:
+            sender = FileSender(transport)
+        except OSError:
+            logger.debug("client.left", extra={"path": request.path})
+            return response
+        with closing(sender):
             try:
                 while position < part.stop:
                     stop = min(position + _FILE_BLOCK, part.stop)
@@ -303,6 +308,8 @@ class MirrorApi:
                             async for segment in segments:
                                 if not response.prepared:
                                     await response.prepare(request)
+                                    if transport.is_closing():
+                                        raise ConnectionResetError
                                     # From now on a drained transport is an empty one.
                                     transport.set_write_buffer_limits(high=0)
                                 await _write(response, segment.data)
@@ -330,7 +337,8 @@ class MirrorApi:
             else:
                 await response.write_eof()
             finally:
-                transport.set_write_buffer_limits()
+                if not transport.is_closing():  # uvloop refuses this on a closed one
+                    transport.set_write_buffer_limits()
         return response
 
     async def _counted(

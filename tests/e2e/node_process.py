@@ -66,9 +66,13 @@ class NodeProcess:
         await self.process.wait()
 
     def errors(self) -> list[str]:
-        """What it logged as errors."""
+        """What it logged as errors, with their tracebacks."""
         lines = [json.loads(line) for line in self.log.read_text().splitlines()]
-        return [line["msg"] for line in lines if line["level"] == "error"]
+        return [
+            "\n".join(filter(None, (line["msg"], line.get("exception"))))
+            for line in lines
+            if line["level"] == "error"
+        ]
 
 
 async def start_node(
