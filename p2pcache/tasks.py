@@ -1,10 +1,26 @@
-"""A task group for work that nobody waits for: leaving the block ends it."""
+"""Work that outlives those who wait for it: a task group that ends with its block, and futures."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
+
+
+def shared_future() -> asyncio.Future[Any]:
+    """Return a future for any number of waiters, none included.
+
+    asyncio complains about an exception that nobody looked at; here all waiters may have left.
+    """
+    future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    future.add_done_callback(_look_at)
+    return future
+
+
+def _look_at(future: asyncio.Future[Any]) -> None:
+    if not future.cancelled():
+        future.exception()
 
 
 class _BlockLeft(Exception):

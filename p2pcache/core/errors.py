@@ -64,6 +64,13 @@ class BlobUnavailable(P2PCacheError):
         self.missing = missing
         self.reason = reason
 
+    @classmethod
+    def because(cls, what: str, *failures: SourceError) -> BlobUnavailable:
+        """Return the error that *failures*, one of each source asked, add up to."""
+        reason = "; ".join(dict.fromkeys(map(str, failures)))
+        missing = bool(failures) and all(failure.is_final for failure in failures)
+        return cls(what, missing=missing, reason=reason)
+
 
 class SourceError(P2PCacheError):
     """One source failed: ask the next."""
@@ -72,6 +79,11 @@ class SourceError(P2PCacheError):
         super().__init__(f"{source}: {reason}")
         self.source = source
         self.reason = reason
+
+    @property
+    def is_final(self) -> bool:
+        """The source will say the same when it is asked again."""
+        return isinstance(self, SourceLacksBlob | SourceRefused)
 
 
 class SourceUnavailable(SourceError):

@@ -42,7 +42,7 @@ class PeerRecord:
         return now >= self.shunned_until
 
     def note_delivery(self, latency_s: float) -> None:
-        """It delivered proven bytes, the first of them after *latency_s*."""
+        """It answers: its first bytes, not yet proven, came after *latency_s*."""
         self.failures = 0
         off = latency_s - self.latency_s
         self.latency_s += _GAIN * off

@@ -23,7 +23,6 @@ from p2pcache.core.errors import (
     IntegrityError,
     SourceError,
     SourceLacksBlob,
-    SourceRefused,
     SourceUnavailable,
     StoreError,
 )
@@ -37,6 +36,7 @@ from p2pcache.mirror.active import ActiveBlob, Origin, PieceData, TocUnusable, u
 from p2pcache.mirror.budget import ByteBudget
 from p2pcache.mirror.race import Race
 from p2pcache.ports import Neighbours, Peer, Upstream
+from p2pcache.tasks import shared_future
 
 logger = logging.getLogger(__name__)
 
@@ -96,11 +96,9 @@ class Fetcher:
         *ask_peers* off a new fetch goes to the upstream alone; one under way is shared whoever
         it asks, so look at the origin. One that a peer has ended is not shared then.
         """
-        loop = asyncio.get_running_loop()
         missing = [p for p in pieces if not _is_shared(blob.inflight.get(p), ask_peers)]
         for piece in missing:
-            future: asyncio.Future[PieceData] = loop.create_future()
-            future.add_done_callback(_mark_retrieved)
+            future: asyncio.Future[PieceData] = shared_future()
             blob.inflight[piece] = future
         if missing:
             self._tasks.create_task(self._fetch(blob, missing, ask_peers))
@@ -121,10 +119,12 @@ class Fetcher:
                 pieces = [piece for piece in pieces if not futures[piece].done()]
                 if not pieces:
                     return
-                hopeless = all(isinstance(f, SourceLacksBlob | SourceRefused) for f in failures)
+                hopeless = all(failure.is_final for failure in failures)
                 if hopeless or loop.time() + delay > deadline:
                     for piece in pieces:
-                        futures[piece].set_exception(_unavailable(blob, failures))
+                        futures[piece].set_exception(
+                            BlobUnavailable.because(str(blob.digest), *failures)
+                        )
                     return
                 await asyncio.sleep(delay)
                 delay = min(2 * delay, _MAX_RETRY_S)
@@ -141,7 +141,9 @@ class Fetcher:
                 if blob.inflight.get(piece) is future:
                     del blob.inflight[piece]
                 if not future.done():
-                    future.set_exception(_unavailable(blob, []))
+                    future.set_exception(
+                        BlobUnavailable(str(blob.digest), missing=False, reason="stopping")
+                    )
 
     async def _fetch_once(
         self, blob: ActiveBlob, pieces: list[int], ask_peers: bool
@@ -375,17 +377,3 @@ def _is_shared(future: asyncio.Future[PieceData] | None, ask_peers: bool) -> boo
     if future is None or ask_peers or not future.done() or future.exception():
         return future is not None
     return future.result().origin is not Origin.PEER
-
-
-def _unavailable(blob: ActiveBlob, failures: Sequence[SourceError]) -> BlobUnavailable:
-    missing = bool(failures) and all(
-        isinstance(failure, SourceLacksBlob | SourceRefused) for failure in failures
-    )
-    reason = "; ".join(dict.fromkeys(map(str, failures))) or "stopping"
-    return BlobUnavailable(str(blob.digest), missing=missing, reason=reason)
-
-
-def _mark_retrieved(future: asyncio.Future[PieceData]) -> None:
-    # Readers may be gone; asyncio would complain about an exception that nobody looked at.
-    if not future.cancelled():
-        future.exception()

@@ -16,8 +16,6 @@ from p2pcache.core.errors import (
     BlobUnavailable,
     FormatError,
     SourceError,
-    SourceLacksBlob,
-    SourceRefused,
 )
 from p2pcache.core.model import Descriptor, Digest, Manifest, Repository, Tag, TagFact
 from p2pcache.core.oci import parse_manifest, toc_digest_of
@@ -97,7 +95,7 @@ class Manifests:
         try:
             return await self._upstream.manifest(repository, digest, accept)
         except SourceError as error:
-            raise _unavailable(str(digest), error) from error
+            raise BlobUnavailable.because(str(digest), error) from error
 
     def _patience_with(self, repository: Repository, tag: Tag) -> float | None:
         """A tag that is remembered need not wait long for an upstream that hangs."""
@@ -112,15 +110,15 @@ class Manifests:
 
         An upstream that says that there is no such tag, or not for us, is believed.
         """
-        if isinstance(error, SourceLacksBlob | SourceRefused):
-            raise _unavailable(f"{repository}:{tag}", error) from error
+        if error.is_final:
+            raise BlobUnavailable.because(f"{repository}:{tag}", error) from error
         memory, fact = "own", self._memory.tag(repository, tag)
         age = self._now() - fact.seen_at if fact else float("inf")
         found = Descriptor(fact.media_type, fact.digest, fact.size) if fact else None
         if age > self._tag_max_age_s:
             news = await self._neighbours.tag(repository, tag)
             if news is None or news.age_s > self._tag_max_age_s:
-                raise _unavailable(f"{repository}:{tag}", error) from error
+                raise BlobUnavailable.because(f"{repository}:{tag}", error) from error
             memory, age = "peer", news.age_s
             found = Descriptor(news.media_type, news.digest, news.size)
         assert found is not None
@@ -148,8 +146,3 @@ class Manifests:
             return
         for blob in content.blobs:
             await self._memory.put_facts(repository, blob, toc_digest_of(blob))
-
-
-def _unavailable(what: str, error: SourceError) -> BlobUnavailable:
-    missing = isinstance(error, SourceLacksBlob | SourceRefused)
-    return BlobUnavailable(what, missing=missing, reason=str(error))

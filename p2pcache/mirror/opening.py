@@ -20,7 +20,6 @@ from p2pcache.core.errors import (
     IntegrityError,
     SourceError,
     SourceLacksBlob,
-    SourceRefused,
     StoreError,
     StoreFull,
 )
@@ -31,6 +30,7 @@ from p2pcache.core.toc import FOOTER_PROBE_SIZE, Toc, find_footer, open_tail
 from p2pcache.metrics import Metrics
 from p2pcache.mirror.active import ActiveBlob
 from p2pcache.ports import BlobStore, Memory, Neighbours, Offer, Upstream
+from p2pcache.tasks import shared_future
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +84,7 @@ class Opener:
         if blob is None:
             opening = self._opening.get(digest)
             if opening is None:
-                opening = asyncio.get_running_loop().create_future()
-                opening.add_done_callback(_mark_retrieved)
+                opening = shared_future()
                 self._opening[digest] = opening
                 self._tasks.create_task(self._open(digest, repository, opening))
             blob = await asyncio.shield(opening)
@@ -201,8 +200,7 @@ class Opener:
         for offer in offers:
             if offer.holding.is_whole:
                 return offer.holding.size
-        missing = isinstance(error, SourceLacksBlob | SourceRefused)
-        raise BlobUnavailable(str(digest), missing=missing, reason=str(error))
+        raise BlobUnavailable.because(str(digest), error)
 
     async def _open_with_toc(
         self,
@@ -279,8 +277,7 @@ class Opener:
                 self._upstream.read(repository, digest, ByteRange(start, guess), size)
             )
         except SourceError as error:
-            missing = isinstance(error, SourceLacksBlob | SourceRefused)
-            raise BlobUnavailable(str(digest), missing=missing, reason=str(error)) from error
+            raise BlobUnavailable.because(str(digest), error) from error
         return rest + end
 
     async def _make(
@@ -311,8 +308,3 @@ class Opener:
 async def _collect(blocks: AsyncGenerator[bytes, None]) -> bytes:
     async with aclosing(blocks):
         return b"".join([block async for block in blocks])
-
-
-def _mark_retrieved(future: asyncio.Future[ActiveBlob]) -> None:
-    if not future.cancelled():
-        future.exception()

@@ -29,6 +29,7 @@ from p2pcache.metrics import Metrics
 from p2pcache.mirror.active import ActiveBlob, Origin, PieceData, TocUnusable, usable_mask
 from p2pcache.mirror.fetching import Fetcher
 from p2pcache.ports import Neighbours, Peer
+from p2pcache.tasks import shared_future
 
 logger = logging.getLogger(__name__)
 
@@ -317,8 +318,7 @@ class Reader:
     def confirm(self, blob: ActiveBlob) -> None:
         """Check a blob that has just become complete, so that it can be served as whole."""
         if not blob.is_whole and blob.assembly is None:
-            blob.assembly = asyncio.get_running_loop().create_future()
-            blob.assembly.add_done_callback(_mark_retrieved)
+            blob.assembly = shared_future()
             self._tasks.create_task(self._gather(blob, blob.assembly))
 
 
@@ -376,8 +376,3 @@ def _absent(blob: ActiveBlob, pieces: Sequence[int] | range, limit: int) -> list
                 break
             found.append(piece)
     return found
-
-
-def _mark_retrieved(future: asyncio.Future[None]) -> None:
-    if not future.cancelled():
-        future.exception()

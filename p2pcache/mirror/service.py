@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, nullcontext
 
-from p2pcache.core.errors import BlobUnavailable, SourceError, SourceLacksBlob, SourceRefused
+from p2pcache.core.errors import BlobUnavailable, SourceError, SourceLacksBlob
 from p2pcache.core.model import BlobFacts, Digest, Repository
 from p2pcache.core.ranges import ByteRange
 from p2pcache.metrics import Metrics
@@ -73,8 +73,7 @@ class Mirror:
                 error = failure
         if await self._neighbours.find(digest, None):
             return (await self._opener.open(digest, repository)).layout.size
-        missing = isinstance(error, SourceLacksBlob | SourceRefused)
-        raise BlobUnavailable(str(digest), missing=missing, reason=str(error))
+        raise BlobUnavailable.because(str(digest), error)
 
     async def forward(
         self,
@@ -90,8 +89,7 @@ class Mirror:
         try:
             return await self._upstream.forward(repository, kind, query, accept)
         except SourceError as error:
-            missing = isinstance(error, SourceLacksBlob | SourceRefused)
-            raise BlobUnavailable(str(repository), missing=missing, reason=str(error)) from error
+            raise BlobUnavailable.because(str(repository), error) from error
 
     @asynccontextmanager
     async def open(self, digest: Digest, repository: Repository | None) -> AsyncIterator[OpenBlob]:

@@ -1,10 +1,11 @@
 """Tasks that nobody waits for end with the block that owns them."""
 
 import asyncio
+import gc
 
 import pytest
 
-from p2pcache.tasks import cancelled_at_exit
+from p2pcache.tasks import cancelled_at_exit, shared_future
 
 
 class Worker:
@@ -113,3 +114,15 @@ async def test_cancelling_the_owner_cancels_its_tasks():
         owner.cancel()
     assert owner.cancelled()
     assert worker.ended == "cancelled"
+
+
+async def test_nobody_has_to_look_at_a_shared_future():
+    complaints = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    failed, cancelled = shared_future(), shared_future()
+    failed.set_exception(ValueError("unseen"))
+    cancelled.cancel()
+    await asyncio.sleep(0)
+    del failed, cancelled
+    gc.collect()
+    assert complaints == []
