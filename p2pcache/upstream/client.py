@@ -12,7 +12,7 @@ import asyncio
 import logging
 import random
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AbstractContextManager, AsyncExitStack, aclosing, closing, nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, Self, TypeVar
@@ -24,19 +24,29 @@ from p2pcache.core.errors import (
     BadName,
     FormatError,
     IntegrityError,
+    SourceBusy,
     SourceLacksBlob,
     SourceRefused,
     SourceUnavailable,
 )
 from p2pcache.core.model import Descriptor, Digest, Manifest, Reference, Repository, Tag
+from p2pcache.core.pacing import Priority
 from p2pcache.core.partial import read_delivery
 from p2pcache.core.ranges import ByteRange, parse_content_range
+from p2pcache.pacing import Pacer
 from p2pcache.upstream.auth import Authenticator
 from p2pcache.upstream.bounded import BoundedMap
 from p2pcache.upstream.credentials import CredentialStore
 from p2pcache.upstream.dialogue import REDIRECTS, Dialogue, Question
 from p2pcache.upstream.endpoint import Endpoint, UpstreamConfig, check_endpoints
-from p2pcache.upstream.transport import Deadline, HostResting, Transport, retry_after_s
+from p2pcache.upstream.intake import Intake
+from p2pcache.upstream.transport import (
+    READ_AHEAD,
+    Deadline,
+    HostResting,
+    Transport,
+    retry_after_s,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +76,7 @@ class Upstream:
 
     An async context manager that owns its connections. *on_bytes* is told of every body byte read
     for a registry, those in vain included, *on_request* of every answer's status; both are called
-    with the registry's name and must return at once.
+    with the registry's name and must return at once. *pacer* limits the bytes of all bodies.
     """
 
     def __init__(
@@ -75,11 +85,15 @@ class Upstream:
         *,
         on_bytes: Callable[[str, int], None] | None = None,
         on_request: Callable[[str, int], None] | None = None,
+        pacer: Pacer | None = None,
     ) -> None:
         self._patience = config.patience
         self._on_bytes = on_bytes
         check_endpoints(config)  # a mistake should show at startup, not at the first read
-        self._transport = Transport(config.patience, config.ca_file)
+        self._pacer = pacer or Pacer(None)
+        # Under a limit what lies in the connections' buffers should be little beside it.
+        read_ahead = self._pacer.block if self._pacer.is_limited else READ_AHEAD
+        self._transport = Transport(config.patience, config.ca_file, read_ahead=read_ahead)
         auth = Authenticator(self._transport, CredentialStore(config.registry_config))
         self._dialogue = Dialogue(config, self._transport, auth, on_request)
         self._ignores_ranges: BoundedMap[str, bool] = BoundedMap(_REGISTRIES)
@@ -200,34 +214,54 @@ class Upstream:
         size: int,
         *,
         deadline_s: float | None = None,
+        priority: Priority = Priority.DEMAND,
+        pausing: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> AsyncGenerator[bytes, None]:
         """Yield exactly the bytes of *part* of a blob of *size* bytes, unproven, in blocks.
 
         Whoever may stop early wraps it in `contextlib.aclosing`, which ends the request. A body
         that breaks off is resumed; a registry that ignores ranges is read from the start, and the
-        bytes before *part* dropped. Raises `SourceLacksBlob`, `SourceRefused`,
-        `SourceUnavailable`, or `IntegrityError` if the answer contradicts *part* or *size*.
+        bytes before *part* dropped. *pausing* is entered whenever it waits for the limit of this
+        node rather than for the registry; that takes nothing off the time for the read, unless
+        the caller gave it. Raises `SourceLacksBlob`, `SourceRefused`, `SourceUnavailable`, or
+        `IntegrityError` if the answer contradicts *part* or *size*.
         """
         if part.stop > size:
             raise ValueError(f"{part} reaches past {size} bytes")
         patience = self._patience
         slack_s = len(part) / patience.slowest_bytes_per_s if deadline_s is None else 0.0
-        deadline = self._deadline(deadline_s).later(slack_s)
+        firm = deadline_s is not None
+        intake = Intake(
+            self._pacer,
+            self._dialogue.endpoint(repository.registry).source,
+            self._deadline(deadline_s).later(slack_s),
+            firm=firm,
+            priority=priority,
+            pausing=pausing,
+        )
         position, tried = part.start, 0
-        while position < part.stop:
-            began_at, wanted = position, ByteRange(position, part.stop)
-            try:
-                async with aclosing(
-                    self._read_once(
-                        repository, digest, wanted, size, deadline, firm=deadline_s is not None
-                    )
-                ) as blocks:
-                    async for block in blocks:
-                        position += len(block)
-                        yield block
-            except SourceUnavailable as error:
-                tried = 1 if position - began_at >= _PROGRESS_BYTES else tried + 1
-                await self._pause(error, tried, deadline)
+        with closing(intake):
+            while position < part.stop:
+                began_at, wanted = position, ByteRange(position, part.stop)
+                # Small reads fit into the buffers on the way: their turn comes before the request.
+                await intake.room(len(wanted))
+                question = Question(
+                    repository,
+                    f"blobs/{digest}",
+                    headers={"Range": wanted.header},
+                    blob=digest,
+                    priority=priority,
+                )
+                try:
+                    async with aclosing(
+                        self._read_once(question, wanted, size, intake, firm=firm)
+                    ) as blocks:
+                        async for block in blocks:
+                            position += len(block)
+                            yield block
+                except SourceUnavailable as error:
+                    tried = 1 if position - began_at >= _PROGRESS_BYTES else tried + 1
+                    await self._pause(error, tried, intake.deadline)
 
     async def forward(
         self,
@@ -271,21 +305,12 @@ class Upstream:
         return await self._persist(attempt, deadline)
 
     async def _read_once(
-        self,
-        repository: Repository,
-        digest: Digest,
-        wanted: ByteRange,
-        size: int,
-        deadline: Deadline,
-        *,
-        firm: bool,
+        self, question: Question, wanted: ByteRange, size: int, intake: Intake, *, firm: bool
     ) -> AsyncGenerator[bytes, None]:
         """Yield what one answer brings of the *wanted* bytes: all of them, or fewer."""
+        repository = question.repository
         source = self._dialogue.endpoint(repository.registry).source
-        question = Question(
-            repository, f"blobs/{digest}", headers={"Range": wanted.header}, blob=digest
-        )
-        async with self._dialogue.answer(question, deadline) as response:
+        async with self._dialogue.answer(question, intake.deadline) as response:
             _refuse(response, source, expected=(200, 206))
             try:
                 delivery = read_delivery(
@@ -300,17 +325,20 @@ class Upstream:
             if response.status == 200 and wanted != ByteRange(0, size):
                 self._note_ignored_range(repository.registry)
                 if not firm:
-                    deadline = deadline.later(delivery.skip / self._patience.slowest_bytes_per_s)
+                    slack_s = delivery.skip / self._patience.slowest_bytes_per_s
+                    intake.deadline = intake.deadline.later(slack_s)
             skip, left = delivery.skip, len(delivery.part)
             while left:
-                block = await self._block(response, repository, deadline)
+                most = await intake.room(skip + left)
+                block = await self._block(response, repository, intake.deadline, most)
+                intake.took(len(block))
                 if not block:
                     raise SourceUnavailable(source, f"body ended {left} bytes early")
                 skip, block = max(0, skip - len(block)), block[skip:]
                 # The end is looked at before the last bytes are handed over: who has them all may
                 # go away, and by then the connection should be free for the next request.
                 if len(block) >= left and delivery.ends:
-                    extra = block[left:] or await self._block(response, repository, deadline)
+                    extra = block[left:] or await self._block(response, repository, intake.deadline)
                     if extra:
                         raise IntegrityError(source, f"body longer than {len(delivery.part)} bytes")
                 if block:
@@ -338,7 +366,7 @@ class Upstream:
             wait_s = max(wait_s, error.retry_after_s + 0.01)
         if (
             tried >= self._patience.attempts
-            or isinstance(error, HostResting)
+            or isinstance(error, HostResting | SourceBusy)
             or (error.retry_after_s or 0.0) > self._patience.retry_after_s
             or wait_s >= deadline.left()
         ):
@@ -352,10 +380,14 @@ class Upstream:
         return Deadline.after(self._patience.total_s if deadline_s is None else deadline_s)
 
     async def _block(
-        self, response: ClientResponse, repository: Repository, deadline: Deadline
+        self,
+        response: ClientResponse,
+        repository: Repository,
+        deadline: Deadline,
+        most: int | None = None,
     ) -> bytes:
         source = self._dialogue.endpoint(repository.registry).source
-        block = await self._transport.block(response, source, deadline)
+        block = await self._transport.block(response, source, deadline, most=most)
         if self._on_bytes is not None and block:
             self._on_bytes(repository.registry, len(block))
         return block
@@ -364,7 +396,8 @@ class Upstream:
         self, response: ClientResponse, repository: Repository, deadline: Deadline, limit: int
     ) -> bytes:
         source = self._dialogue.endpoint(repository.registry).source
-        data = await self._transport.body(response, source, deadline, limit)
+        intake = Intake(self._pacer, source, deadline, firm=True)
+        data = await self._transport.body(response, source, deadline, limit, pay=intake.pay)
         if self._on_bytes is not None:
             self._on_bytes(repository.registry, len(data))
         return data

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -19,6 +19,7 @@ from yarl import URL
 
 from p2pcache.core.errors import ConfigError, SourceRefused, SourceUnavailable
 from p2pcache.core.model import Digest, Repository
+from p2pcache.core.pacing import Priority
 from p2pcache.upstream.auth import Authenticator
 from p2pcache.upstream.bounded import BoundedMap
 from p2pcache.upstream.endpoint import Endpoint, UpstreamConfig
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 
 _MAX_HOPS: Final = 5
+# The part of a registry's connections that may be taken by what no client waits for.
+_LESSER: Final = 0.75
 _REGISTRIES: Final = 256
 # From an address that was good before, these mean that it no longer is.
 _LAPSED: Final = frozenset({400, 401, 403, 404, 410})
@@ -46,16 +49,22 @@ class Question:
     query: Sequence[tuple[str, str]] = ()
     blob: Digest | None = None
     """If given, the address that answers is remembered for this blob."""
+    priority: Priority = Priority.DEMAND
     follow: bool = True
     """Otherwise a redirect is an answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Registry:
-    """A registry and the limit on requests to it: *free* to run, *queue* to run or wait."""
+    """A registry and the limit on requests to it: *free* to run, *queue* to run or wait.
+
+    What nobody waits for runs with a place in *lesser* as well, so that slow reads in the
+    background never hold all connections.
+    """
 
     endpoint: Endpoint
     free: asyncio.Semaphore
+    lesser: asyncio.Semaphore
     queue: asyncio.Semaphore
 
 
@@ -87,7 +96,7 @@ class Dialogue:
         Raises `SourceUnavailable`, or `SourceRefused` if the way is barred before there is one.
         """
         registry = self._registry(question.repository.registry)
-        async with _slot(registry, deadline):
+        async with _slot(registry, question.priority, deadline):
             response = await self._ask_remembered(question, registry.endpoint, deadline)
             if response is None:
                 response = await self._ask_registry(question, registry.endpoint, deadline)
@@ -197,25 +206,27 @@ class Dialogue:
             running = self._config.connections_per_registry
             waiting = self._config.waiting_per_registry
             return _Registry(
-                endpoint, asyncio.Semaphore(running), asyncio.Semaphore(running + waiting)
+                endpoint,
+                free=asyncio.Semaphore(running),
+                lesser=asyncio.Semaphore(max(1, int(running * _LESSER))),
+                queue=asyncio.Semaphore(running + waiting),
             )
 
         return self._registries.get_or_make(registry, make)
 
 
 @asynccontextmanager
-async def _slot(registry: _Registry, deadline: Deadline) -> AsyncIterator[None]:
+async def _slot(registry: _Registry, priority: Priority, deadline: Deadline) -> AsyncIterator[None]:
     """Hold one of the registry's places for a request. Raises `SourceUnavailable`."""
     source = registry.endpoint.source
     if registry.queue.locked():
         raise SourceUnavailable(source, "too many requests are waiting")
-    async with registry.queue:
+    async with registry.queue, AsyncExitStack() as places:
         try:
             async with asyncio.timeout(max(0.0, deadline.left())):
-                await registry.free.acquire()
+                if priority is not Priority.DEMAND:
+                    await places.enter_async_context(registry.lesser)
+                await places.enter_async_context(registry.free)
         except TimeoutError:
             raise SourceUnavailable(source, "out of time, waiting for a connection") from None
-        try:
-            yield
-        finally:
-            registry.free.release()
+        yield

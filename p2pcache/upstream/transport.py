@@ -12,7 +12,7 @@ import asyncio
 import logging
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -32,7 +32,8 @@ from p2pcache.upstream.endpoint import Patience, origin
 
 logger = logging.getLogger(__name__)
 
-_BLOCK: Final = 256 * 1024
+READ_AHEAD: Final = 256 * 1024
+"""A connection holds up to twice so many bytes that nobody has read yet; then it is paused."""
 # Signed URLs in Location, and tokens, can pass the 8 KiB that aiohttp allows by default.
 _FIELD: Final = 32 * 1024
 _HOSTS: Final = 512
@@ -69,8 +70,11 @@ class Deadline:
 class Transport:
     """Sends requests and reads bodies. Owns the connections: an async context manager."""
 
-    def __init__(self, patience: Patience, ca_file: Path | None) -> None:
+    def __init__(
+        self, patience: Patience, ca_file: Path | None, *, read_ahead: int = READ_AHEAD
+    ) -> None:
         self._patience = patience
+        self._read_ahead = read_ahead
         self._ca_file = ca_file
         self._gates: BoundedMap[tuple[str, str, int], Gate] = BoundedMap(_HOSTS)
         self._stack = AsyncExitStack()
@@ -87,7 +91,7 @@ class Transport:
                 connector=connector,
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
-                read_bufsize=_BLOCK,
+                read_bufsize=self._read_ahead,
                 max_line_size=_FIELD,
                 max_field_size=_FIELD,
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._patience.connect_s),
@@ -144,9 +148,14 @@ class Transport:
         return response
 
     async def block(
-        self, response: aiohttp.ClientResponse, source: str, deadline: Deadline
+        self,
+        response: aiohttp.ClientResponse,
+        source: str,
+        deadline: Deadline,
+        *,
+        most: int | None = None,
     ) -> bytes:
-        """Return the next bytes of the body, in blocks as they come; none at its end.
+        """Return the next bytes of the body, *most* or fewer, as they come; none at its end.
 
         Raises `SourceUnavailable` if it stalls or breaks off.
         """
@@ -155,14 +164,25 @@ class Transport:
             raise SourceUnavailable(source, "too slow")
         try:
             async with asyncio.timeout(min(self._patience.progress_s, left)):
-                return await response.content.readany()
+                if most is None:
+                    return await response.content.readany()
+                return await response.content.read(most)
         except (aiohttp.ClientError, OSError) as error:
             raise SourceUnavailable(source, f"body: {_reason(error)}") from None
 
     async def body(
-        self, response: aiohttp.ClientResponse, source: str, deadline: Deadline, limit: int
+        self,
+        response: aiohttp.ClientResponse,
+        source: str,
+        deadline: Deadline,
+        limit: int,
+        *,
+        pay: Callable[[int], Awaitable[None]] | None = None,
     ) -> bytes:
-        """Return the whole body. Raises `SourceUnavailable`; `IntegrityError` above *limit*."""
+        """Return the whole body. Raises `SourceUnavailable`; `IntegrityError` above *limit*.
+
+        *pay* is awaited after each block, before the next is read.
+        """
         announced = response.content_length
         data = bytearray()
         if announced is None or announced <= limit:
@@ -170,6 +190,8 @@ class Transport:
                 data += block
                 if len(data) > limit:
                     break
+                if pay is not None:
+                    await pay(len(block))
             else:
                 return bytes(data)
         raise IntegrityError(source, f"answer of more than {limit} bytes")
