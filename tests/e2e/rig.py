@@ -110,6 +110,19 @@ class Node:
         """Run *command* in a container of the pulled image."""
         return self._containerd.run(self._rig.reference(tag), *command, snapshotter="overlayfs")
 
+    def pull_past_the_mirror(self, tag: str) -> None:
+        """Pull the image straight from the registry, into containerd and nowhere else."""
+        self._containerd.ctr("image", "pull", "--plain-http", self._rig.reference(tag))
+
+    def remove(self, tag: str) -> None:
+        """Have containerd throw away all that it has of the pulled image."""
+        self._containerd.ctr("image", "rm", "--sync", self._rig.reference(tag))
+
+    @property
+    def content(self) -> Path:
+        """The content store of the containerd that is started first, whether it is there or not."""
+        return self._work / "life-1/containerd/io.containerd.content.v1.content"
+
     def traffic(self) -> Traffic:
         """What this node has read from the registry so far."""
         requests = self._rig.registry.settled()
