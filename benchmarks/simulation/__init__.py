@@ -1,0 +1,1 @@
+"""A cluster in one process: real coordination code, simulated clock, network and disks."""
