@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 from urllib.parse import urlsplit
 from uuid import uuid4
@@ -22,15 +24,25 @@ from aiohttp import web
 
 from p2pcache import __version__
 from p2pcache.config import Address, Config
+from p2pcache.content import Content, Overlay
+from p2pcache.core.claims import Cut, cut_name
+from p2pcache.core.coordinator import Coordinator
 from p2pcache.core.errors import ConfigError, P2PCacheError
+from p2pcache.core.layout import Layout, LayoutKind, PieceMask
+from p2pcache.core.model import Digest
 from p2pcache.logs import set_up_logging
 from p2pcache.metrics import Metrics
 from p2pcache.mirror.service import Mirror
-from p2pcache.peers.client import peer_session
-from p2pcache.peers.neighbours import StaticNeighbours
+from p2pcache.pacing import Pacer
+from p2pcache.peers.connections import Connections
+from p2pcache.peers.coordination import Coordination
+from p2pcache.peers.locator import Locator
+from p2pcache.peers.members import Members
+from p2pcache.ports import BlobStore
 from p2pcache.server.listeners import Listener
 from p2pcache.server.mirror_api import MirrorApi
 from p2pcache.server.peer_api import PeerApi
+from p2pcache.server.peer_path import PeerPathServer
 from p2pcache.server.short_path import ShortPathServer
 from p2pcache.server.status_api import StatusApi
 from p2pcache.store import Store
@@ -42,6 +54,8 @@ logger = logging.getLogger(__name__)
 
 # Proof is inflating and hashing, which let go of the interpreter lock.
 _PROOF_THREADS: Final = 2
+# Below the store's directory: which blobs of containerd's have been checked.
+_CONTENT_RECORD: Final = "content.proofs"
 
 
 def serve(config: Config) -> int:
@@ -74,6 +88,7 @@ class Node:
 
     store: Store
     metrics: Metrics
+    members: Members
     clients: list[Listener]
     """The mirror's listeners."""
     peers: Listener
@@ -84,6 +99,7 @@ class Node:
     async def drain(self, timeout_s: float) -> None:
         """Take no more work, let another process take the store over, finish what has begun."""
         self.stopping.set()
+        self.members.leave()
         # First: probes that knock from now on reach the process that takes over, if there is one.
         self.status.stop_accepting()
         self.store.release_writer()
@@ -96,98 +112,192 @@ class Node:
 
 
 @asynccontextmanager
-async def open_node(config: Config, *, patience: Patience | None = None) -> AsyncIterator[Node]:
+async def open_node(
+    config: Config,
+    *,
+    patience: Patience | None = None,
+    wall_clock: Callable[[], float] = time.time,  # noqa: TID251 - for those who are handed the time
+) -> AsyncIterator[Node]:
     """Build a node and have it listen. Raises `ConfigError` or `StoreError`.
 
-    *patience* is what the node has with upstreams.
+    *patience* is what the node has with upstreams. *wall_clock* tells Unix time.
     """
     _check_peers(config)
     async with AsyncExitStack() as resources:
         metrics = Metrics()
         # Two machines may have one name; by this a node knows itself among its peers.
         node_id = f"{config.node_name}/{uuid4().hex[:12]}"
+        listeners = _Listeners.on(config)
+        for listener in listeners.all:
+            resources.push_async_callback(listener.close, 1.0)
         proofs = ThreadPoolExecutor(_PROOF_THREADS, thread_name_prefix="proof")
         resources.push_async_callback(
             asyncio.to_thread, proofs.shutdown, wait=True, cancel_futures=True
         )
-        store = await resources.enter_async_context(Store(config.store, config.store_size))
-        session = await resources.enter_async_context(peer_session())
+        own_store = await resources.enter_async_context(Store(config.store, config.store_size))
+        store: BlobStore = own_store
+        content: Content | None = None
+        changes: list[tuple[Digest, int, bool]] = []
+        if config.containerd_content is not None:
+            content = Content(config.containerd_content, config.store / _CONTENT_RECORD)
+            content.on_change = lambda *change: changes.append(change)
+            await resources.enter_async_context(content)
+            store = await resources.enter_async_context(Overlay(own_store, content))
+        uploads = Pacer(config.upload_limit, on_wait=metrics.paced_s["upload"].inc)
+        downloads = Pacer(config.upstream_limit, on_wait=metrics.paced_s["upstream"].inc)
         upstream = await resources.enter_async_context(
-            Upstream(
-                UpstreamConfig(
-                    endpoints=config.upstream,
-                    ca_file=config.upstream_ca,
-                    registry_config=config.registry_config,
-                    patience=patience or Patience(),
-                ),
-                on_bytes=lambda registry, count: metrics.fetched_bytes["upstream"].inc(count),
-            )
+            _upstream(config, metrics, downloads, patience or Patience())
         )
+        connections = await resources.enter_async_context(Connections())
         tasks = await resources.enter_async_context(cancelled_at_exit())
-        wall_clock = time.time  # noqa: TID251 - handed to those who take the time as an argument
-        neighbours = StaticNeighbours(
+        members = Members(
             config.peers,
-            node_id,
-            session,
-            config.cluster_secret,
-            metrics,
+            own_id=node_id,
+            own_address=config.advertised(listeners.peers.address),
+            own_port=listeners.peers.port,
+            own_zone=config.zone,
+            connections=connections,
+            secret=config.cluster_secret,
+            metrics=metrics,
             now=wall_clock,
         )
+        rng = random.Random(node_id)
+        coordination = Coordination(tasks, members, Coordinator(), metrics, rng)
+        locator = Locator(tasks, members, coordination.handle, metrics, rng, own_id=node_id)
         mirror = Mirror(
             tasks,
             store,
-            store.memory,
-            neighbours,
+            own_store.memory,
+            locator,
             upstream,
             metrics,
             proofs,
             tag_max_age_s=config.tag_max_age_s,
             now=wall_clock,
         )
-        clients: list[Listener] = []
-        for registry, address in [(None, config.mirror_listen), *config.mirror_for.items()]:
-            api = MirrorApi(mirror, metrics, registry)
-            server = ShortPathServer(api.handle, store, metrics, api.repository_of)
-            clients.append(Listener(address, server))
         peer_api = PeerApi(
             node_id,
             store,
-            store.memory,
+            own_store.memory,
             metrics,
             config.cluster_secret,
             now=wall_clock,
+            giver=mirror,
+            coordination=coordination,
+            hello=members.hello,
+            uploads=uploads,
+            max_uploads=config.max_uploads,
         )
-        peers = Listener(_peer_address(config), web.Server(peer_api.handle, access_log=None))
-
         stopping = asyncio.Event()
 
         def refresh() -> None:
-            metrics.store_bytes.set(store.used)
-            metrics.store_budget_bytes.set(store.budget)
-            metrics.store_blobs.set(store.blob_count)
+            metrics.store_bytes.set(own_store.used)
+            metrics.store_budget_bytes.set(own_store.budget)
+            metrics.store_blobs.set(own_store.blob_count)
+            metrics.paced_requests["upload"].set(uploads.waiting)
+            metrics.paced_requests["upstream"].set(downloads.waiting)
+            if content is not None:
+                metrics.content_bytes.set(content.size)
+                metrics.content_blobs.set(content.blob_count)
 
         checks = {"serving": lambda: not stopping.is_set()}
         status_api = StatusApi(metrics, checks, refresh)
-        status = Listener(config.status_listen, web.Server(status_api.handle, access_log=None))
-        node = Node(store, metrics, clients, peers, status, stopping)
-        for listener in (*clients, peers, status):
-            resources.push_async_callback(listener.close, 1.0)
-            await listener.open()
+        await listeners.peers.open(
+            PeerPathServer(
+                peer_api.handle, store, peer_api.uploads, config.cluster_secret, now=wall_clock
+            )
+        )
+        for registry, listener in listeners.clients.items():
+            api = MirrorApi(mirror, metrics, registry)
+            await listener.open(ShortPathServer(api.handle, store, metrics, api.repository_of))
+        await listeners.status.open(web.Server(status_api.handle, access_log=None))
+        tasks.create_task(members.run())
+        tasks.create_task(locator.run())
+        tasks.create_task(locator.announce_all(_holdings(own_store)))
+        if content is not None:
+            content.on_change = partial(_announce_whole, locator)
+            for change in changes:  # what was found before there was anybody to tell
+                content.on_change(*change)
         logger.info(
             "node.ready",
             extra={
                 "version": __version__,
                 "node": node_id,
                 "mirror": str(config.mirror_listen),
-                "peers": str(peers.address),
+                "peers": str(listeners.peers.address),
+                "advertised": members.own_address,
+                "zone": config.zone,
                 "status": str(config.status_listen),
                 "known_peers": len(config.peers),
                 "store": str(config.store),
-                "store_blobs": store.blob_count,
-                "store_bytes": store.used,
+                "store_blobs": own_store.blob_count,
+                "store_bytes": own_store.used,
             },
         )
-        yield node
+        clients = list(listeners.clients.values())
+        yield Node(
+            own_store, metrics, members, clients, listeners.peers, listeners.status, stopping
+        )
+
+
+@dataclass(slots=True)
+class _Listeners:
+    """All sockets of a node."""
+
+    clients: dict[str | None, Listener]
+    """The mirror's: for clients that say which registry they mean, and for those of one registry"""
+    peers: Listener
+    status: Listener
+
+    @classmethod
+    def on(cls, config: Config) -> _Listeners:
+        """Listen everywhere. Raises `ConfigError` if an address cannot be had."""
+        clients: dict[str | None, Listener] = {None: Listener(config.mirror_listen)}
+        clients |= {host: Listener(address) for host, address in config.mirror_for.items()}
+        return cls(
+            clients,
+            Listener(_peer_address(config)),
+            Listener(config.status_listen),
+        )
+
+    @property
+    def all(self) -> list[Listener]:
+        """Every one of them."""
+        return [*self.clients.values(), self.peers, self.status]
+
+
+def _upstream(config: Config, metrics: Metrics, pacer: Pacer, patience: Patience) -> Upstream:
+    return Upstream(
+        UpstreamConfig(
+            endpoints=config.upstream,
+            ca_file=config.upstream_ca,
+            registry_config=config.registry_config,
+            patience=patience,
+        ),
+        on_bytes=lambda registry, count: metrics.fetched_bytes["upstream"].inc(count),
+        pacer=pacer,
+    )
+
+
+def _holdings(store: Store) -> Iterator[tuple[Cut, PieceMask]]:
+    """Everything that the store holds, for those who coordinate it."""
+    for stored in store.blobs():
+        layout, toc_digest, held = stored.layout, stored.toc_digest, stored.held
+        if not held:
+            continue
+        is_toc = layout.kind is LayoutKind.TOC
+        name = cut_name(layout.kind, toc_digest)
+        yield Cut(stored.digest, name, layout.count, passes_on=is_toc), held
+        if toc_digest is not None and layout.count - 1 in held:
+            yield Cut.of_tail(stored.digest, toc_digest), PieceMask.full(1)
+
+
+def _announce_whole(locator: Locator, digest: Digest, size: int, is_there: bool) -> None:
+    """Tell of a blob that containerd has, or has no more."""
+    count = Layout.fixed(size).count
+    held = PieceMask.full(count) if is_there else PieceMask(count)
+    cut = Cut(digest, cut_name(LayoutKind.FIXED, None), count, passes_on=False)
+    locator.announce(cut, held, PieceMask(count))
 
 
 def _check_peers(config: Config) -> None:

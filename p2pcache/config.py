@@ -22,8 +22,14 @@ from p2pcache.core.errors import BadName, ConfigError
 from p2pcache.core.model import parse_registry
 
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*((?:[KMGT]i?)?)B?", re.ASCII | re.IGNORECASE)
+# Bits as tc(8) writes them. A small "b" could mean either: it is not taken.
+_RATE = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGTkmgt]i?)?(bit|Bit|B|)(?:/s)?", re.ASCII)
+# What Kubernetes allows as the value of a label, such as topology.kubernetes.io/zone.
+_ZONE = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
 _ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+(?:%[\w.-]+)?)\]|([^\s:\[\]/@]+)):(\d{1,5})", re.ASCII)
 _UNITS: Final = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+# Nodes take whoever is slower than this for dead: the limit would only make reads fail.
+_MIN_RATE: Final = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +46,14 @@ class Address:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return self.host == "localhost"
+
+    @property
+    def is_reachable(self) -> bool:
+        """Another node could connect to it: a real port, and not just any address of a machine."""
+        try:
+            return self.port > 0 and not ipaddress.ip_address(self.host).is_unspecified
+        except ValueError:
+            return self.port > 0
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
@@ -61,6 +75,11 @@ class Config:
     """The mirror may listen where other machines reach it. It asks its clients for nothing."""
     peer_listen: Address = Address("0.0.0.0", 29901)
     """Where other nodes read. Loopback only as long as there is no cluster secret."""
+    advertise: Address | None = None
+    """Where other nodes reach this one's peer listener, as their own lists of peers name it. If
+    not given it is the address listened on, or else found by recognising itself among `peers`."""
+    zone: str = ""
+    """Where this node runs, such as a zone of the cloud: nearer nodes are asked first."""
     status_listen: Address = Address("127.0.0.1", 29902)
     """Health and metrics."""
     node_name: str = ""
@@ -77,12 +96,28 @@ class Config:
     """What nodes prove to each other to know."""
     tag_max_age_s: float = 7 * 24 * 3600.0
     """For how long a remembered tag may answer for an upstream that fails. Seconds."""
+    upload_limit: int | None = None
+    """Bytes a second that this node gives to peers; None is no limit."""
+    upstream_limit: int | None = None
+    """Bytes a second that it reads from all registries together; None is no limit."""
+    max_uploads: int = 256
+    """Answers to peers at once; above that they are told to ask another node."""
+    containerd_content: Path | None = None
+    """containerd's content store on this machine: what it has whole is served from there."""
     drain_timeout_s: float = 25.0
     """How long a stopping node goes on with the answers it has begun. Seconds."""
     log_format: str = "json"
     """``json`` or ``text``."""
     log_level: str = "info"
     """``debug``, ``info``, ``warning`` or ``error``."""
+
+    def advertised(self, listening: Address) -> str:
+        """Where other nodes reach this one, "" if that is not known yet.
+
+        *listening* is the address of the peer listener, its port the one that it has got.
+        """
+        address = self.advertise or listening
+        return str(address) if address.is_reachable else ""
 
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
@@ -163,6 +198,21 @@ def parse_size(text: str) -> int:
     return size
 
 
+def parse_rate(text: str) -> int | None:
+    """Return the bytes a second that ``10MB/s``, ``1GiB`` or ``100Mbit`` stands for; None for 0."""
+    match = _RATE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"not a rate such as 10MB/s (bytes) or 100Mbit (bits): {text!r}")
+    unit = (match[2] or "").lower()
+    base = 1024 if unit.endswith("i") else 1000
+    rate = float(match[1]) * base ** _UNITS[unit.removesuffix("i")]
+    if match[3].endswith("it"):
+        rate /= 8
+    if 0 < rate < _MIN_RATE:
+        raise ValueError(f"less than 64KiB/s is no use; 0 is no limit: {text!r}")
+    return int(rate) or None
+
+
 def parse_address(text: str) -> Address:
     """Return the address that ``HOST:PORT`` or ``[IPV6]:PORT`` stands for."""
     match = _ADDRESS.fullmatch(text.strip())
@@ -171,6 +221,19 @@ def parse_address(text: str) -> Address:
     if match[1]:
         ipaddress.IPv6Address(match[1])
     return Address(match[1] or match[2], int(match[3]))
+
+
+def _reachable(text: str) -> Address:
+    address = parse_address(text)
+    if not address.is_reachable:
+        raise ValueError(f"other nodes cannot connect to {address}")
+    return address
+
+
+def _zone(text: str) -> str:
+    if not _ZONE.fullmatch(text.strip()):
+        raise ValueError(f"not a name of at most 63 letters, digits, '-', '_' and '.': {text!r}")
+    return text.strip()
 
 
 def _pairs(parse_value: Callable[[str], Any]) -> Callable[[Sequence[str]], dict[str, Any]]:
@@ -224,6 +287,12 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _count(text: str) -> int:
+    if not re.fullmatch(r"0*[1-9]\d{0,5}", text.strip(), re.ASCII):
+        raise ValueError(f"not a number from 1 to 999999: {text!r}")
+    return int(text)
+
+
 def _choice(*choices: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text.lower() not in choices:
@@ -267,6 +336,13 @@ _FLAGS: Final[dict[str, tuple[str, str, Callable[[Any], Any], bool]]] = {
         parse_address,
         False,
     ),
+    "advertise": (
+        "ADDR:PORT",
+        "where other nodes reach the peer listener, as their --peer names it (found out)",
+        _reachable,
+        False,
+    ),
+    "zone": ("NAME", "where this node runs; nodes of one zone share first (none)", _zone, False),
     "status-listen": ("ADDR:PORT", "health and metrics (127.0.0.1:29902)", parse_address, False),
     "node-name": ("NAME", "what this node calls itself (the host name)", str, False),
     "upstream": (
@@ -293,6 +369,25 @@ _FLAGS: Final[dict[str, tuple[str, str, Callable[[Any], Any], bool]]] = {
         "SECONDS",
         "for how long a remembered tag may stand in for a failing upstream (604800)",
         _seconds,
+        False,
+    ),
+    "upload-limit": (
+        "RATE",
+        "bytes a second given to peers, such as 50MB/s or 400Mbit (0: no limit)",
+        parse_rate,
+        False,
+    ),
+    "upstream-limit": (
+        "RATE",
+        "bytes a second read from all registries together (0: no limit)",
+        parse_rate,
+        False,
+    ),
+    "max-uploads": ("N", "answers to peers at once (256)", _count, False),
+    "containerd-content": (
+        "DIR",
+        "containerd's io.containerd.content.v1.content, to serve whole blobs from; only read",
+        Path,
         False,
     ),
     "drain-timeout": (

@@ -42,6 +42,11 @@ class Metrics:
         self.peer_served_bytes = Counter(
             "p2pcache_peer_served_bytes_total", "Bytes of blobs sent to peers.", registry=r
         )
+        self.peer_busy = Counter(
+            "p2pcache_peer_busy_requests_total",
+            "Requests of peers turned away because this node had too many at that moment.",
+            registry=r,
+        )
         self.requests = Counter(
             "p2pcache_mirror_requests_total",
             "Requests answered by the mirror, by kind and status.",
@@ -68,6 +73,46 @@ class Metrics:
             "Reads for which a second source was asked because the first made no progress.",
             registry=r,
         )
+        self.unleased_pieces = Counter(
+            "p2pcache_unleased_pieces_total",
+            "Pieces read from the upstream without a lease: no coordinator could be reached, or "
+            "nobody delivered them.",
+            registry=r,
+        )
+        self.claim_failures = Counter(
+            "p2pcache_claim_failures_total",
+            "Messages to a coordinator that it did not answer.",
+            registry=r,
+        )
+        self.answered_claims = Counter(
+            "p2pcache_answered_claims_total",
+            "Claims and announcements that this node answered as a coordinator.",
+            registry=r,
+        )
+        self.leased_pieces = Counter(
+            "p2pcache_leased_pieces_total",
+            "Pieces that this node, as a coordinator, had somebody read from the upstream.",
+            registry=r,
+        )
+        self.coordinated_regions = Gauge(
+            "p2pcache_coordinated_regions",
+            "Regions of which this node, as a coordinator, knows something.",
+            registry=r,
+        )
+        paced = Counter(
+            "p2pcache_paced_seconds_total",
+            "Time that reads waited for a limit of this node, by the limit.",
+            ["direction"],
+            registry=r,
+        )
+        self.paced_s = {d: paced.labels(d) for d in ("upload", "upstream")}
+        waiting = Gauge(
+            "p2pcache_paced_requests",
+            "Requests that wait for a limit of this node now.",
+            ["direction"],
+            registry=r,
+        )
+        self.paced_requests = {d: waiting.labels(d) for d in ("upload", "upstream")}
         self.rotten_pieces = Counter(
             "p2pcache_rotten_pieces_total",
             "Stored pieces that no longer matched their hash and were dropped.",
@@ -95,6 +140,14 @@ class Metrics:
         )
         self.store_blobs = Gauge(
             "p2pcache_store_blobs", "Blobs of which the store holds something.", registry=r
+        )
+        self.content_bytes = Gauge(
+            "p2pcache_content_bytes",
+            "Bytes served from containerd's content store: proven, and not in the store.",
+            registry=r,
+        )
+        self.content_blobs = Gauge(
+            "p2pcache_content_blobs", "Blobs served from containerd's content store.", registry=r
         )
 
     def render(self) -> bytes:

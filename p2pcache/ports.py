@@ -5,11 +5,12 @@ The mirror is written against these; `p2pcache.app` hands the real things in, te
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from p2pcache.core.claims import Cut
 from p2pcache.core.errors import SourceError
 from p2pcache.core.layout import Layout, PieceMask, PieceState
 from p2pcache.core.model import (
@@ -22,6 +23,7 @@ from p2pcache.core.model import (
     Tag,
     TagFact,
 )
+from p2pcache.core.pacing import Priority
 from p2pcache.core.ranges import ByteRange
 from p2pcache.core.wire import Holding, TagNews
 
@@ -75,6 +77,9 @@ class StoredBlob(Protocol):
 
     async def write(self, piece: int, data: bytes, state: PieceState) -> None:
         """Store a piece; it survives a crash once this returns. Raises `StoreFull`."""
+
+    async def hash_ahead(self) -> None:
+        """Do some of the work of `confirm_whole` while pieces are still coming."""
 
     async def confirm_whole(self) -> bool:
         """Check the digest of a blob whose pieces are all present, and mark it whole if right."""
@@ -168,9 +173,20 @@ class Upstream(Protocol):
         """Return a blob's size in bytes. Raises `SourceError`."""
 
     def read(
-        self, repository: Repository, digest: Digest, part: ByteRange, size: int
+        self,
+        repository: Repository,
+        digest: Digest,
+        part: ByteRange,
+        size: int,
+        *,
+        priority: Priority = Priority.DEMAND,
+        pausing: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> AsyncGenerator[bytes, None]:
-        """Yield exactly the bytes of *part*, in blocks. Raises `SourceError`."""
+        """Yield exactly the bytes of *part*, in blocks. Raises `SourceError`.
+
+        Under a limit of this node the more urgent read goes first. *pausing* is entered for each
+        wait for that limit: meanwhile no byte comes, and the registry is not to blame.
+        """
 
     async def forward(
         self,
@@ -196,8 +212,63 @@ class Peer(Protocol):
     def hedge_after_s(self) -> float:
         """Without progress for so long, another source should be asked as well."""
 
-    def read(self, digest: Digest, part: ByteRange) -> AsyncGenerator[bytes, None]:
-        """Yield exactly the bytes of *part*, unproven. Raises `SourceError`."""
+    def read(
+        self, digest: Digest, part: ByteRange, *, cut: Cut | None = None
+    ) -> AsyncGenerator[bytes, None]:
+        """Yield exactly the bytes of *part*, unproven. Raises `SourceError`.
+
+        With *cut*, a peer that is itself still fetching some of it sends on what it has and holds
+        the rest of the answer until more is there, for a bounded time.
+        """
+
+    async def tail(self, digest: Digest, toc_digest: Digest) -> bytes | None:
+        """Return the table of contents with what follows it, unproven; None if it has none.
+
+        A peer that is itself still fetching it holds the answer for a bounded time. Raises
+        `SourceError`.
+        """
+
+    async def manifest(self, digest: Digest) -> Manifest | None:
+        """Return a manifest, its bytes matching *digest*; None if it has none. Waits as `tail`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """What a fetch tells of itself when it looks for sources. Masks cover the whole blob."""
+
+    cut: Cut
+    wanted: PieceMask
+    held: PieceMask
+    """What this node gives to others."""
+    fetching: PieceMask
+    """What is on its way to this node, from a source that it was given before."""
+    lease_limit: int
+    """At most so many pieces would it read from the upstream now."""
+    failed: Mapping[Peer, PieceMask] = field(default_factory=dict)
+    """Peers that did not deliver these pieces."""
+    stalled: Mapping[Peer, PieceMask] = field(default_factory=dict)
+    """Peers from which nothing comes just now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lead:
+    """A peer to ask for *pieces*: it holds them, or is fetching them now."""
+
+    peer: Peer
+    pieces: PieceMask
+    holds_all: bool
+    """It has all of them: silence means trouble, not that it waits itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """Where pieces are. What is in neither has no source yet: ask again after *retry_s*."""
+
+    leads: Sequence[Lead]
+    """Best first: where they overlap, the later one is a spare."""
+    upstream: PieceMask
+    """This node is to read them from the upstream."""
+    retry_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +280,19 @@ class Offer:
 
 
 class Neighbours(Protocol):
-    """The other nodes: who holds what, and how well each has served."""
+    """The other nodes: who holds what, who reads what from the upstream, how well each serves."""
+
+    async def locate(self, search: Search) -> Located:
+        """Ask the coordinators where the wanted pieces are. Never fails, and soon returns.
+
+        If no coordinator can be reached, the upstream is free to all.
+        """
+
+    def announce(self, cut: Cut, held: PieceMask, fetching: PieceMask) -> None:
+        """Tell the coordinators, soon, what this node has of a blob and what it is fetching.
+
+        Also renews the leases of what is being fetched, and gives up those of what is not.
+        """
 
     async def find(self, digest: Digest, wanted: PieceMask | None) -> Sequence[Offer]:
         """Return the peers with something of the blob, best first; soon, if need be too few.
@@ -228,3 +311,23 @@ class Neighbours(Protocol):
 
         An `IntegrityError` is a lie: the peer is blamed and shunned.
         """
+
+
+class Giver(Protocol):
+    """What this node gives to peers beyond what lies held in its store."""
+
+    async def piece(self, digest: Digest, cut: str, piece: int) -> bytes | None:
+        """Return a piece that this node is fetching, or has read from the upstream itself.
+
+        Waits for it, for a bounded time. None if it does not come, or may not be given on: what
+        came from a peer and is not proven.
+        """
+
+    def will_give(self, digest: Digest, cut: str, pieces: range) -> bool:
+        """Say whether it has or is fetching all of these consecutive pieces."""
+
+    async def tail(self, digest: Digest, toc_digest: Digest) -> bytes | None:
+        """Return the table of contents with what follows it, waiting for it if need be."""
+
+    async def manifest(self, digest: Digest) -> Manifest | None:
+        """Return a manifest, waiting for it if it is being fetched."""

@@ -8,6 +8,11 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 
+def loop_time() -> float:
+    """Return the running loop's clock, in monotonic seconds: the one that its timers follow."""
+    return asyncio.get_running_loop().time()
+
+
 def shared_future() -> asyncio.Future[Any]:
     """Return a future for any number of waiters, none included.
 

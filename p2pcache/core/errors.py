@@ -97,6 +97,10 @@ class SourceUnavailable(SourceError):
         self.retry_after_s = retry_after_s
 
 
+class SourceBusy(SourceUnavailable):
+    """It has reached a limit of its own and said so at once: ask another one, without penalty."""
+
+
 class SourceRefused(SourceError):
     """The source wants credentials that we lack, or forbids the read: trying again is no use."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from enum import Enum
 from typing import Final
 
 import msgspec
@@ -24,6 +25,9 @@ MEDIA_TYPE: Final = "application/vnd.msgpack"
 _MAX_PIECES: Final = 1 << 20
 # RFC 6838, section 4.2: type and subtype have at most 127 characters each; the rest is parameters.
 _MEDIA_TYPE = re.compile(r"[ -~]{0,512}")
+# What is logged, compared and sent on: printable, without blanks.
+_NAME = re.compile(r"[!-~]{0,255}")
+_MAX_NODE: Final = 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,29 @@ class TagNews:
     age_s: float
 
 
+class NodeState(Enum):
+    """Whether a node is there to stay."""
+
+    ACTIVE = "active"
+    LEAVING = "leaving"
+    """It finishes what it has begun and takes no new work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """Who a node is."""
+
+    node: str
+    """Its id: another one after each start. By it a node recognises itself in a list of peers."""
+    zone: str
+    """Where it runs, "" if it does not say."""
+    address: str
+    """HOST:PORT at which others reach it, "" if it does not know."""
+    state: NodeState = NodeState.ACTIVE
+    protocol: str = PROTOCOL
+    """The newest version of the peer API that it speaks."""
+
+
 class _WireHolding(msgspec.Struct, array_like=True):
     node: str
     size: int
@@ -70,8 +97,17 @@ class _WireTag(msgspec.Struct, array_like=True):
     age_s: float
 
 
+class _WireHello(msgspec.Struct, array_like=True):
+    node: str
+    zone: str
+    address: str
+    state: str
+    protocol: str
+
+
 _HOLDING: Final = msgspec.msgpack.Decoder(_WireHolding)
 _TAG: Final = msgspec.msgpack.Decoder(_WireTag)
+_HELLO: Final = msgspec.msgpack.Decoder(_WireHello)
 
 
 def encode_holding(holding: Holding) -> bytes:
@@ -131,3 +167,25 @@ def decode_tag(body: bytes) -> TagNews:
         return TagNews(Digest.parse(wire.digest), wire.media_type, wire.size, wire.age_s)
     except (msgspec.MsgspecError, ValueError, RecursionError, BadDigest) as error:
         raise FormatError(f"not a tag's news: {error}") from error
+
+
+def encode_hello(hello: Hello) -> bytes:
+    """Return the body that says *hello*."""
+    return msgspec.msgpack.encode(
+        _WireHello(hello.node, hello.zone, hello.address, hello.state.value, hello.protocol)
+    )
+
+
+def decode_hello(body: bytes) -> Hello:
+    """The inverse of `encode_hello`. Raises `FormatError`."""
+    try:
+        wire = _HELLO.decode(body)
+        if not 0 < len(wire.node) <= _MAX_NODE:
+            raise ValueError("no such node id")
+        for name in (wire.zone, wire.address, wire.protocol):
+            if not _NAME.fullmatch(name):
+                raise ValueError("not a name")
+        state = NodeState(wire.state)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise FormatError(f"not a hello: {error}") from error
+    return Hello(wire.node, wire.zone, wire.address, state, wire.protocol)

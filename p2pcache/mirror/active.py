@@ -5,12 +5,18 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
+from typing import Final
 
+from p2pcache.core.claims import Cut, cut_name
 from p2pcache.core.errors import IntegrityError
 from p2pcache.core.layout import Layout, LayoutKind, PieceMask, PieceState
 from p2pcache.core.model import Digest, Repository
 from p2pcache.core.toc import Toc
 from p2pcache.ports import Offer, Peer, StoredBlob
+
+UNPROVEN_BY_PEER: Final = (PieceState.STAGED_PEER, PieceState.HELD_PEER)
+BY_UPSTREAM: Final = (PieceState.STAGED_UPSTREAM, PieceState.HELD_UPSTREAM)
 
 
 class Origin(Enum):
@@ -37,7 +43,7 @@ class TocUnusable(IntegrityError):
     """The upstream's own bytes do not match the table of contents: read the blob without it."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class ActiveBlob:
     """A blob that is being read or served. *stored* is None if the store has no room for it."""
 
@@ -49,6 +55,8 @@ class ActiveBlob:
     toc_digest: Digest | None
     toc: Toc | None
     inflight: dict[int, asyncio.Future[PieceData]] = field(default_factory=dict)
+    sourced: dict[int, int] = field(default_factory=dict)
+    """The pieces that some source has been asked for, and how many sources."""
     contributors: dict[int, Peer] = field(default_factory=dict)
     """Who delivered the pieces that are not proven bit for bit."""
     upstream_flaws: dict[int, bytes] = field(default_factory=dict)
@@ -59,10 +67,37 @@ class ActiveBlob:
     rotten: int = 0
     """How many of its stored pieces turned out rotten while it was open."""
 
+    @cached_property
+    def cut(self) -> Cut:
+        """What other nodes must agree on to mean the same pieces."""
+        kind = self.layout.kind
+        name = cut_name(kind, self.toc_digest)
+        return Cut(self.digest, name, self.layout.count, passes_on=kind is LayoutKind.TOC)
+
     @property
     def is_whole(self) -> bool:
         """Its own digest matched."""
         return self.stored is not None and self.stored.is_whole
+
+    @property
+    def given(self) -> PieceMask:
+        """The pieces that peers may have: what is proven, and what this node read itself.
+
+        Of a fixed layout nothing is proven before all is, and so nobody could say who spoiled a
+        whole whose parts had been passed on from peer to peer. Each part comes from the node that
+        read it from the upstream.
+        """
+        if self.stored is None:
+            return PieceMask(self.layout.count)
+        if self.layout.kind is LayoutKind.TOC or self.stored.is_whole:
+            return self.stored.held
+        return self.stored.pieces_in(*BY_UPSTREAM)
+
+    @property
+    def fetching(self) -> PieceMask:
+        """The pieces that are on their way from a source, or from there to the disk."""
+        landing = [p for p, future in self.inflight.items() if future.done()]
+        return PieceMask.of(self.layout.count, [*self.sourced, *landing])
 
     def state_of(self, piece: int) -> PieceState:
         """What is on disk of *piece*."""

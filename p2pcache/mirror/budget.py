@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from contextlib import suppress
 
 
 class ByteBudget:
@@ -32,7 +33,9 @@ class ByteBudget:
             if future.done() and not future.cancelled():
                 self.release(count)
             else:
-                self._waiting.remove(entry)
+                with suppress(ValueError):  # passed over since it was cancelled
+                    self._waiting.remove(entry)
+                self.release(0)  # the next in the queue may want less
             raise
         return count
 

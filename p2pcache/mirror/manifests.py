@@ -8,10 +8,12 @@ lazy snapshotters later ask for layers by digest alone.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from p2pcache.core.claims import Cut
 from p2pcache.core.errors import (
     BlobUnavailable,
     FormatError,
@@ -20,7 +22,9 @@ from p2pcache.core.errors import (
 from p2pcache.core.model import Descriptor, Digest, Manifest, Repository, Tag, TagFact
 from p2pcache.core.oci import parse_manifest, toc_digest_of
 from p2pcache.metrics import Metrics
+from p2pcache.mirror.obtaining import obtain
 from p2pcache.ports import Memory, Neighbours, Upstream
+from p2pcache.tasks import shared_future
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +36,7 @@ class Manifests:
 
     def __init__(
         self,
+        tasks: asyncio.TaskGroup,
         memory: Memory,
         neighbours: Neighbours,
         upstream: Upstream,
@@ -40,6 +45,8 @@ class Manifests:
         tag_max_age_s: float,
         now: Callable[[], float],
     ) -> None:
+        self._tasks = tasks
+        self._fetching: dict[Digest, asyncio.Future[Manifest]] = {}
         self._memory = memory
         self._neighbours = neighbours
         self._upstream = upstream
@@ -53,13 +60,55 @@ class Manifests:
         """Return the manifest that *digest* names. Raises `BlobUnavailable`."""
         manifest = await self._memory.manifest(digest)
         if manifest is None:
-            manifest = await self._neighbours.manifest(digest)
-            if manifest is None:
-                manifest = await self._from_upstream(digest, repository, accept)
-            await self._memory.put_manifest(manifest)
+            manifest = await asyncio.shield(self._start(digest, repository, accept))
         if repository is not None:
             await self._learn(repository, manifest)
         return manifest
+
+    def under_way(self, digest: Digest) -> asyncio.Future[Manifest] | None:
+        """Return the end of a fetch of a manifest, if there is one."""
+        return self._fetching.get(digest)
+
+    def _start(
+        self, digest: Digest, repository: Repository | None, accept: Sequence[str]
+    ) -> asyncio.Future[Manifest]:
+        """Fetch a manifest, once however many clients ask for it."""
+        done = self._fetching.get(digest)
+        if done is None:
+            done = self._fetching[digest] = shared_future()
+            self._tasks.create_task(self._fetch(digest, repository, accept, done))
+        return done
+
+    async def _fetch(
+        self,
+        digest: Digest,
+        repository: Repository | None,
+        accept: Sequence[str],
+        done: asyncio.Future[Manifest],
+    ) -> None:
+        try:
+            manifest = await obtain(
+                Cut.of_manifest(digest),
+                self._neighbours,
+                self._metrics,
+                lambda peer: peer.manifest(digest),
+                lambda: self._from_upstream(digest, repository, accept),
+            )
+            await self._memory.put_manifest(manifest)
+            done.set_result(manifest)
+        except BlobUnavailable as error:
+            found = await self._neighbours.manifest(digest)
+            if found is None:
+                done.set_exception(error)
+            else:
+                await self._memory.put_manifest(found)
+                done.set_result(found)
+        except Exception:  # a bug ends here, logged, and the clients get an error
+            logger.exception("manifest.broken", extra={"digest": str(digest)})
+        finally:
+            del self._fetching[digest]
+            if not done.done():
+                done.set_exception(BlobUnavailable(str(digest), missing=False))
 
     async def get_tag(self, repository: Repository, tag: Tag, accept: Sequence[str]) -> Manifest:
         """Return the manifest that a tag points at. Raises `BlobUnavailable`."""

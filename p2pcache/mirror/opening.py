@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
+from dataclasses import dataclass
 from typing import Final
 
+from p2pcache.core.claims import Cut
 from p2pcache.core.errors import (
     BlobUnavailable,
     FormatError,
@@ -29,7 +31,8 @@ from p2pcache.core.ranges import ByteRange
 from p2pcache.core.toc import FOOTER_PROBE_SIZE, Toc, find_footer, open_tail
 from p2pcache.metrics import Metrics
 from p2pcache.mirror.active import ActiveBlob
-from p2pcache.ports import BlobStore, Memory, Neighbours, Offer, Upstream
+from p2pcache.mirror.obtaining import obtain
+from p2pcache.ports import BlobStore, Memory, Neighbours, Peer, Upstream
 from p2pcache.tasks import shared_future
 
 logger = logging.getLogger(__name__)
@@ -65,6 +68,10 @@ class Opener:
         self._active: OrderedDict[Digest, ActiveBlob] = OrderedDict()
         self._opening: dict[Digest, asyncio.Future[ActiveBlob]] = {}
         self._unusable_tocs: OrderedDict[Digest, None] = OrderedDict()
+
+    def under_way(self, digest: Digest) -> asyncio.Future[ActiveBlob] | None:
+        """Return the end of an opening, if the blob is just being opened."""
+        return self._opening.get(digest)
 
     def find(self, digest: Digest) -> ActiveBlob | None:
         """Return the blob if it is open and still of use."""
@@ -169,23 +176,20 @@ class Opener:
     async def _find_out(
         self, digest: Digest, repository: Repository | None, facts: BlobFacts | None
     ) -> ActiveBlob:
-        offers = await self._neighbours.find(digest, None)
         toc_digest = self._toc_digest(facts, digest)
         if toc_digest and facts:
             try:
-                return await self._open_with_toc(digest, repository, facts.size, toc_digest, offers)
+                return await self._open_with_toc(digest, repository, facts.size, toc_digest)
             except FormatError as error:
                 logger.warning("toc.unusable", extra={"digest": str(digest), "reason": str(error)})
                 self._metrics.layout_fallbacks.inc()
                 self._note_unusable(digest)
-        size = facts.size if facts else await self._size_of(digest, repository, offers)
+        size = facts.size if facts else await self._size_of(digest, repository)
         if size > MAX_BLOB_SIZE:
             raise BlobUnavailable(str(digest), missing=True, reason=f"{size} bytes are too many")
         return await self._make(digest, Layout.fixed(size), repository, None)
 
-    async def _size_of(
-        self, digest: Digest, repository: Repository | None, offers: Sequence[Offer]
-    ) -> int:
+    async def _size_of(self, digest: Digest, repository: Repository | None) -> int:
         """Return the size of a blob that no manifest told of.
 
         A peer's word is taken only if the upstream has none; if it is wrong, the whole will not
@@ -197,7 +201,7 @@ class Opener:
                 return await self._upstream.blob_size(repository, digest)
             except SourceError as failure:
                 error = failure
-        for offer in offers:
+        for offer in await self._neighbours.find(digest, None):
             if offer.holding.is_whole:
                 return offer.holding.size
         raise BlobUnavailable.because(str(digest), error)
@@ -208,56 +212,84 @@ class Opener:
         repository: Repository | None,
         size: int,
         toc_digest: Digest,
-        offers: Sequence[Offer],
     ) -> ActiveBlob:
-        """Read and prove the table of contents, from peers first.
+        """Read and prove the table of contents: one node from the upstream, the others from it.
 
         Raises `FormatError` if it is what the manifest promises and yet of no use, or if the
         upstream serves another one.
         """
-        toc: Toc | None = None
-        tail = b""
-        state = PieceState.HELD_PEER
-        for offer in offers:
-            start = offer.holding.toc_offset
-            if start is None or offer.holding.size != size:
-                continue
-            if offer.holding.toc_digest not in (None, toc_digest):
-                continue  # it was told of another table of contents: no lie, but no help
-            try:
-                tail = await _collect(offer.peer.read(digest, ByteRange(start, size)))
-                toc = await self._prove_tail(tail, size, toc_digest)
-                break
-            except FormatError as error:
-                lie = IntegrityError(offer.peer.name, f"table of contents of {digest}: {error}")
-                self._neighbours.note(offer.peer, lie)
-            except SourceError as error:
-                self._neighbours.note(offer.peer, error)
-        if toc is None:
-            tail = await self._tail_from_upstream(digest, repository, size)
-            try:
-                toc = await self._prove_tail(tail, size, toc_digest)
-            except FormatError:
-                # The same bytes twice: not an accident on the way, the image is wrong.
-                again = await self._tail_from_upstream(digest, repository, size)
-                if again == tail:
-                    raise
-                tail = again
-                toc = await self._prove_tail(tail, size, toc_digest)
-            state = PieceState.HELD_UPSTREAM
+        tail = _Tail(digest, size, toc_digest)
+        try:
+            toc, data, state = await obtain(
+                Cut.of_tail(digest, toc_digest),
+                self._neighbours,
+                self._metrics,
+                lambda peer: self._tail_from_peer(tail, peer),
+                lambda: self._proven_from_upstream(tail, repository),
+            )
+        except BlobUnavailable:
+            found = await self._ask_around(tail)
+            if found is None:
+                raise
+            toc, data, state = found
         layout = toc.layout()
         blob = await self._make(digest, layout, repository, toc_digest)
         blob.toc = toc
         if blob.stored:
             try:
-                await blob.stored.write(layout.count - 1, tail, state)
+                await blob.stored.write(layout.count - 1, data, state)
             except StoreFull:
                 self._metrics.unstored_pieces.inc()
         return blob
 
-    async def _prove_tail(self, tail: bytes, size: int, toc_digest: Digest) -> Toc:
+    async def _ask_around(self, tail: _Tail) -> _ProvenTail | None:
+        """Find a peer that nobody told of, while the upstream fails."""
+        for offer in await self._neighbours.find(tail.digest, None):
+            if offer.holding.toc_digest not in (None, tail.toc_digest):
+                continue  # it was told of another table of contents: no lie, but no help
+            try:
+                found = await self._tail_from_peer(tail, offer.peer, offer.holding.toc_offset)
+            except SourceError as error:
+                self._neighbours.note(offer.peer, error)
+            else:
+                if found is not None:
+                    return found
+        return None
+
+    async def _tail_from_peer(
+        self, tail: _Tail, peer: Peer, offset: int | None = None
+    ) -> _ProvenTail | None:
+        """Read the table of contents from a peer; from *offset* on if it said where it starts."""
+        if offset is None:
+            data = await peer.tail(tail.digest, tail.toc_digest)
+            if data is None:
+                return None
+        else:
+            data = await _collect(peer.read(tail.digest, ByteRange(offset, tail.size)))
+        try:
+            return await self._prove_tail(data, tail), data, PieceState.HELD_PEER
+        except FormatError as error:
+            reason = f"table of contents of {tail.digest}: {error}"
+            raise IntegrityError(peer.name, reason) from error
+
+    async def _proven_from_upstream(
+        self, tail: _Tail, repository: Repository | None
+    ) -> _ProvenTail:
+        data = await self._tail_from_upstream(tail.digest, repository, tail.size)
+        try:
+            toc = await self._prove_tail(data, tail)
+        except FormatError:
+            # The same bytes twice: not an accident on the way, the image is wrong.
+            again = await self._tail_from_upstream(tail.digest, repository, tail.size)
+            if again == data:
+                raise
+            data = again
+            toc = await self._prove_tail(data, tail)
+        return toc, data, PieceState.HELD_UPSTREAM
+
+    async def _prove_tail(self, data: bytes, tail: _Tail) -> Toc:
         return await asyncio.get_running_loop().run_in_executor(
-            self._proofs, lambda: open_tail(tail, size=size, expected=toc_digest)
+            self._proofs, lambda: open_tail(data, size=tail.size, expected=tail.toc_digest)
         )
 
     async def _tail_from_upstream(
@@ -303,6 +335,20 @@ class Opener:
             if not blob.readers and not blob.inflight and blob.assembly is None:
                 members -= len(blob.toc.members) if blob.toc else 0
                 del self._active[digest]
+
+
+@dataclass(frozen=True, slots=True)
+class _Tail:
+    """A table of contents that is looked for."""
+
+    digest: Digest
+    """Of the blob whose end it is."""
+    size: int
+    """Of that blob."""
+    toc_digest: Digest
+
+
+_ProvenTail = tuple[Toc, bytes, PieceState]
 
 
 async def _collect(blocks: AsyncGenerator[bytes, None]) -> bytes:

@@ -13,42 +13,53 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Final
 
 from p2pcache.core.errors import (
     BlobUnavailable,
-    IntegrityError,
+    SourceError,
     StoreCorrupt,
     StoreError,
 )
 from p2pcache.core.layout import LayoutKind, PieceMask, PieceState
-from p2pcache.core.model import Digest
+from p2pcache.core.pacing import Priority
 from p2pcache.core.ranges import ByteRange
 from p2pcache.metrics import Metrics
-from p2pcache.mirror.active import ActiveBlob, Origin, PieceData, TocUnusable, usable_mask
+from p2pcache.mirror.active import (
+    BY_UPSTREAM,
+    UNPROVEN_BY_PEER,
+    ActiveBlob,
+    Origin,
+    PieceData,
+    TocUnusable,
+    usable_mask,
+)
 from p2pcache.mirror.fetching import Fetcher
-from p2pcache.ports import Neighbours, Peer
-from p2pcache.tasks import shared_future
+from p2pcache.mirror.gathering import Gatherer, NoRoom, first_absent
+from p2pcache.ports import Neighbours, Upstream
+from p2pcache.tasks import cancelled_at_exit
 
 logger = logging.getLogger(__name__)
 
 # How far ahead of a reader pieces are fetched: two full runs, so that one is on its way while the
 # other is being sent.
 AHEAD_BYTES: Final = 16 << 20
+# A reader that waits for the whole gets so much this often, so that it goes on waiting.
+SIGN_EVERY_S: Final = 20.0
+SIGN_BYTES: Final = 64 << 10
 # One block of an answer: large enough that its overhead vanishes, small enough that many readers
 # fit into memory.
 BLOCK_BYTES: Final = 1 << 20
-# Up to this size a blob without a table of contents is rather taken whole from peers than in
-# parts from the upstream. Config blobs and small layers.
+# Up to this size a blob without a table of contents is rather gathered from peers than read in
+# parts from the upstream, even for a part. Config blobs and small layers.
 SMALL_BLOB_BYTES: Final = 4 << 20
 
-_UNPROVEN_BY_PEER: Final = (PieceState.STAGED_PEER, PieceState.HELD_PEER)
 # A blob in which more pieces than this went rotten while it was open is served without the disk.
 _MAX_ROTTEN: Final = 64
 
 _PRESENT: Final = tuple(state for state in PieceState if state is not PieceState.ABSENT)
-_BY_UPSTREAM: Final = (PieceState.STAGED_UPSTREAM, PieceState.HELD_UPSTREAM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +75,15 @@ class Reader:
 
     def __init__(
         self,
-        tasks: asyncio.TaskGroup,
         fetcher: Fetcher,
+        gatherer: Gatherer,
         neighbours: Neighbours,
+        upstream: Upstream,
         metrics: Metrics,
     ) -> None:
-        self._tasks = tasks
         self._fetcher = fetcher
+        self._gatherer = gatherer
+        self._upstream = upstream
         self._neighbours = neighbours
         self._metrics = metrics
 
@@ -82,32 +95,26 @@ class Reader:
         *exact* readers check the blob's own digest, others its chunks. Raises `BlobUnavailable`,
         or `TocUnusable`, in which case the blob must be opened anew.
         """
-        ahead = _Ahead({})
-        if await self._is_better_whole(blob, exact):
-            await self._settle(blob, ahead)
         chunks_suffice = blob.layout.kind is LayoutKind.TOC and not exact
+        # A part of a blob that only the whole can prove is not worth fetching all of it.
+        shares = chunks_suffice or exact or blob.layout.size <= SMALL_BLOB_BYTES
+        ahead = _Ahead({}, shares)
+        if shares and not chunks_suffice and self._has_doubtful(blob):
+            await self._settle(blob, ahead)
         if len(parts) > 1 and chunks_suffice:
             wanted = sorted({p for part in parts for p in blob.layout.covering(part)})
-            ahead.asked |= self._fetcher.start(blob, _absent(blob, wanted, AHEAD_BYTES))
+            ahead.asked |= self._fetcher.start(blob, first_absent(blob, wanted, AHEAD_BYTES))
         for part in parts:
             ahead.until = 0
             async for segment in self._read_part(blob, part, chunks_suffice, ahead):
                 yield segment
 
-    async def _is_better_whole(self, blob: ActiveBlob, exact: bool) -> bool:
-        """Say whether the blob should be gathered from peers and checked before it is served."""
-        if blob.is_whole or blob.stored is None:
-            return False
-        small = blob.layout.kind is LayoutKind.FIXED and blob.layout.size <= SMALL_BLOB_BYTES
-        if not exact and not small:
-            return False
-        if blob.stored.pieces_in(*_UNPROVEN_BY_PEER):
-            return True
-        absent = PieceMask.full(blob.layout.count) - blob.stored.pieces_in(*_PRESENT)
-        if not absent:
-            return False
-        offers = await self._neighbours.find(blob.digest, absent)
-        return any(usable_mask(offer, blob) for offer in offers)
+    def _has_doubtful(self, blob: ActiveBlob) -> bool:
+        """Say whether there are pieces that only the whole can prove."""
+        stored = blob.stored
+        return (
+            stored is not None and not stored.is_whole and bool(stored.pieces_in(*UNPROVEN_BY_PEER))
+        )
 
     async def _read_part(
         self, blob: ActiveBlob, part: ByteRange, chunks_suffice: bool, ahead: _Ahead
@@ -126,15 +133,19 @@ class Reader:
                     position = stop
                 continue
             piece = pieces.start
-            if not chunks_suffice and blob.state_of(piece) in _UNPROVEN_BY_PEER:
-                await self._settle(blob, ahead)
+            if not chunks_suffice and self._awaits_whole(blob, piece, ahead):
+                signs = self._settle_meanwhile(blob, part, position, ahead)
+                async with aclosing(signs):
+                    async for segment in signs:
+                        yield segment
+                        position += len(segment.data)
                 continue
             result = await self._piece(blob, piece, chunks_suffice, ahead)
             if result is None or result.data is None:
                 continue  # stored, or gathered, in the meantime
             if not chunks_suffice and result.origin is Origin.PEER:
                 ahead.asked.pop(piece, None)
-                await self._settle(blob, ahead)
+                ahead.awaits_whole = True
                 continue
             here = blob.layout.range_of(piece)
             stop = min(here.stop, part.stop)
@@ -163,7 +174,11 @@ class Reader:
         until = blob.layout.covering(ByteRange(starts[first], horizon)).stop
         candidates = range(max(first, ahead.until), until)
         wanted = [p for p in candidates if blob.state_of(p) is PieceState.ABSENT]
-        ahead.asked |= self._fetcher.start(blob, wanted, ask_peers=chunks_suffice)
+        # What the reader waits for now goes before what it will want in a while.
+        priority = Priority.AHEAD if ahead.until > first else Priority.DEMAND
+        ahead.asked |= self._fetcher.start(
+            blob, wanted, ask_peers=ahead.asks_peers, priority=priority
+        )
         ahead.until = until
 
     async def _read_present(
@@ -195,18 +210,15 @@ class Reader:
         self, blob: ActiveBlob, piece: int, chunks_suffice: bool, ahead: _Ahead
     ) -> PieceData | None:
         """Wait for an absent *piece*; None if it or the whole blob came onto the disk instead."""
-        if not chunks_suffice and not ahead.no_room and blob.assembly is not None:
-            await self._settle(blob, ahead)
-            return None
         future = ahead.asked.get(piece)
         if future is None:  # it was there when we looked ahead, and has been dropped since
-            future = self._fetcher.start(blob, [piece], ask_peers=chunks_suffice)[piece]
+            future = self._fetcher.start(blob, [piece], ask_peers=ahead.asks_peers)[piece]
         try:
             result = await asyncio.shield(future)
         except BlobUnavailable:
             if chunks_suffice or not await self._peers_have_all(blob):
                 raise
-            await self.gather(blob)
+            await self._gatherer.gather(blob)
             return None
         if result.data is None and blob.state_of(piece) is PieceState.ABSENT:
             ahead.asked.pop(piece, None)  # stored and dropped again: fetch it anew
@@ -223,110 +235,70 @@ class Reader:
             found |= usable_mask(offer, blob) or found
         return not absent - found
 
-    async def gather(self, blob: ActiveBlob) -> None:
-        """Return once the blob is whole and checked. Readers who come together share the work.
+    def _awaits_whole(self, blob: ActiveBlob, piece: int, ahead: _Ahead) -> bool:
+        """Say whether the next *piece* can only be served once the whole was checked."""
+        if ahead.awaits_whole or blob.state_of(piece) in UNPROVEN_BY_PEER:
+            return True
+        return not ahead.no_room and blob.assembly is not None
 
-        Raises `BlobUnavailable`.
+    async def _settle_meanwhile(
+        self, blob: ActiveBlob, part: ByteRange, position: int, ahead: _Ahead
+    ) -> AsyncGenerator[Segment, None]:
+        """Wait for the whole, and now and then yield a few bytes of *part* from *position* on.
+
+        A client from which nothing is heard for long takes it that nothing comes: containerd has
+        limits of 30 s for the headers and of minutes for progress. What it gets meanwhile this node
+        reads from the upstream itself, so little of it that it does not count.
         """
-        if blob.is_whole:
-            return
-        self.confirm(blob)
-        if blob.assembly is not None:
-            await asyncio.shield(blob.assembly)
+        ahead.awaits_whole = False
+        async with cancelled_at_exit() as tasks:
+            settled = tasks.create_task(self._settled(blob, ahead))
+            while True:
+                done, _ = await asyncio.wait((settled,), timeout=SIGN_EVERY_S)
+                if done:
+                    break
+                stop = min(part.stop, position + SIGN_BYTES)
+                data = await self._read_sign(blob, ByteRange(position, stop))
+                if data:
+                    yield Segment(data, Origin.UPSTREAM)
+                    position += len(data)
+                if position == part.stop:
+                    return
+        if (failure := settled.result()) is not None:
+            raise failure
+
+    async def _settled(
+        self, blob: ActiveBlob, ahead: _Ahead
+    ) -> BlobUnavailable | TocUnusable | None:
+        try:
+            await self._settle(blob, ahead)
+        except (BlobUnavailable, TocUnusable) as error:
+            return error
+        return None
+
+    async def _read_sign(self, blob: ActiveBlob, part: ByteRange) -> bytes:
+        """Read a few bytes from the upstream; none if it does not deliver them."""
+        if blob.repository is None:
+            return b""
+        try:
+            async with aclosing(
+                self._upstream.read(blob.repository, blob.digest, part, blob.layout.size)
+            ) as blocks:
+                return b"".join([block async for block in blocks])
+        except SourceError as error:
+            logger.info("sign.failed", extra={"digest": str(blob.digest), "reason": error.reason})
+            return b""
 
     async def _settle(self, blob: ActiveBlob, ahead: _Ahead) -> None:
         """Have what peers gave checked with the whole, or let go of it if there is no room."""
         try:
             if not ahead.no_room:
-                await self.gather(blob)
+                await self._gatherer.gather(blob)
                 return
-        except _NoRoom:
+        except NoRoom:
             ahead.no_room = True
         if blob.stored is not None:
-            await blob.stored.drop(blob.stored.pieces_in(*_UNPROVEN_BY_PEER))
-
-    async def _gather(self, blob: ActiveBlob, done: asyncio.Future[None]) -> None:
-        try:
-            await self._fill(blob, ask_peers=True)
-            if not await self._confirm(blob):
-                await self._replace_doubtful(blob)
-            done.set_result(None)
-        except BlobUnavailable as error:
-            done.set_exception(error)
-        except TocUnusable as error:
-            done.set_exception(error)
-        except (IntegrityError, StoreError) as error:
-            done.set_exception(BlobUnavailable(str(blob.digest), missing=False, reason=str(error)))
-        except Exception:  # a bug ends here, logged, and the readers get an error
-            logger.exception("gather.broken", extra={"digest": str(blob.digest)})
-        finally:
-            blob.assembly = None
-            if not done.done():
-                done.set_exception(BlobUnavailable(str(blob.digest), missing=False))
-
-    async def _fill(self, blob: ActiveBlob, *, ask_peers: bool) -> None:
-        """Bring every absent piece onto the disk."""
-        stored = blob.stored
-        if stored is None:
-            raise _NoRoom(blob.digest)
-        with stored.reading():
-            while absent := _absent(blob, range(blob.layout.count), AHEAD_BYTES):
-                futures = self._fetcher.start(blob, absent, ask_peers=ask_peers)
-                for future in futures.values():
-                    result = await asyncio.shield(future)
-                    if not await asyncio.shield(result.kept):
-                        raise _NoRoom(blob.digest)
-
-    async def _confirm(self, blob: ActiveBlob) -> bool:
-        if blob.stored is None or not await blob.stored.confirm_whole():
-            return False
-        blob.contributors.clear()
-        return True
-
-    async def _replace_doubtful(self, blob: ActiveBlob) -> None:
-        """The whole did not match: take what peers gave from the upstream, and see who lied."""
-        stored = blob.stored
-        if stored is None:
-            raise BlobUnavailable(str(blob.digest), missing=False, reason="the store let go of it")
-        doubtful = stored.pieces_in(*_UNPROVEN_BY_PEER)
-        logger.warning(
-            "blob.mismatch",
-            extra={"digest": str(blob.digest), "pieces_from_peers": len(doubtful)},
-        )
-        before = {piece: stored.hash_of(piece) for piece in doubtful}
-        givers = dict(blob.contributors)
-        await stored.drop(doubtful)
-        if not doubtful:
-            await stored.drop(range(blob.layout.count))
-            raise IntegrityError("upstream", f"{blob.digest} does not match what it serves")
-        if doubtful.is_full and len(set(givers.values())) == 1 and len(givers) == len(doubtful):
-            # All of it came from one peer: no need to look further, even with the upstream down.
-            self._blame(next(iter(givers.values())), blob)
-            givers = {}
-        await self._fill(blob, ask_peers=False)
-        for piece, giver in givers.items():
-            if piece in before and stored.hash_of(piece) != before[piece]:
-                self._blame(giver, blob)
-        if not await self._confirm(blob):
-            await stored.drop(range(blob.layout.count))
-            raise IntegrityError("upstream", f"{blob.digest} does not match what it serves")
-
-    def _blame(self, peer: Peer, blob: ActiveBlob) -> None:
-        error = IntegrityError(peer.name, f"its bytes of {blob.digest} do not match the digest")
-        self._neighbours.note(peer, error)
-
-    def confirm(self, blob: ActiveBlob) -> None:
-        """Check a blob that has just become complete, so that it can be served as whole."""
-        if not blob.is_whole and blob.assembly is None:
-            blob.assembly = shared_future()
-            self._tasks.create_task(self._gather(blob, blob.assembly))
-
-
-class _NoRoom(BlobUnavailable):
-    """The store cannot take the whole blob, so nobody can check it here."""
-
-    def __init__(self, digest: Digest) -> None:
-        super().__init__(str(digest), missing=False, reason="no room to gather it")
+            await blob.stored.drop(blob.stored.pieces_in(*UNPROVEN_BY_PEER))
 
 
 @dataclass(slots=True)
@@ -334,10 +306,19 @@ class _Ahead:
     """What one reader has asked for and not yet read."""
 
     asked: dict[int, asyncio.Future[PieceData]]
+    shares: bool
+    """Peers are of use to it, piece by piece or once the blob is whole."""
     until: int = 0
     """All absent pieces of the part being read, up to this one, have been asked for."""
+    awaits_whole: bool = False
+    """What came next came from a peer: only the whole can prove it."""
     no_room: bool = False
     """The store cannot take the whole blob: an exact reader gets the upstream's bytes alone."""
+
+    @property
+    def asks_peers(self) -> bool:
+        """What it fetches may come from peers."""
+        return self.shares and not self.no_room
 
     def origin_of(self, piece: int) -> Origin:
         """Where this request got a stored piece from: it may have fetched it a moment ago."""
@@ -359,20 +340,7 @@ def _present_run(blob: ActiveBlob, pieces: range, chunks_suffice: bool) -> range
     limit = blob.layout.starts[pieces.start] + 2 * BLOCK_BYTES
     count = 0
     for piece in pieces:
-        if stored.state_of(piece) not in _BY_UPSTREAM or blob.layout.starts[piece] > limit:
+        if stored.state_of(piece) not in BY_UPSTREAM or blob.layout.starts[piece] > limit:
             break
         count += 1
     return pieces[:count]
-
-
-def _absent(blob: ActiveBlob, pieces: Sequence[int] | range, limit: int) -> list[int]:
-    """Return the first absent ones of *pieces*, up to *limit* bytes but at least one."""
-    found: list[int] = []
-    size = 0
-    for piece in pieces:
-        if blob.state_of(piece) is PieceState.ABSENT:
-            size += len(blob.layout.range_of(piece))
-            if found and size > limit:
-                break
-            found.append(piece)
-    return found

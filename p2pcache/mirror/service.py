@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager, nullcontext, suppress
 
-from p2pcache.core.errors import BlobUnavailable, SourceError, SourceLacksBlob
-from p2pcache.core.model import BlobFacts, Digest, Repository
+from p2pcache.core.bounds import HOLD_S
+from p2pcache.core.errors import BlobUnavailable, SourceError, SourceLacksBlob, StoreError
+from p2pcache.core.layout import LayoutKind
+from p2pcache.core.model import BlobFacts, Digest, Manifest, Repository
 from p2pcache.core.ranges import ByteRange
 from p2pcache.metrics import Metrics
-from p2pcache.mirror.active import ActiveBlob, TocUnusable
+from p2pcache.mirror.active import ActiveBlob, Origin, TocUnusable
 from p2pcache.mirror.fetching import Fetcher
+from p2pcache.mirror.gathering import Gatherer
 from p2pcache.mirror.manifests import Manifests
 from p2pcache.mirror.opening import Opener
 from p2pcache.mirror.reading import Reader, Segment
@@ -36,7 +39,7 @@ class Mirror:
         now: Callable[[], float],
     ) -> None:
         self.manifests = Manifests(
-            memory, neighbours, upstream, metrics, tag_max_age_s=tag_max_age_s, now=now
+            tasks, memory, neighbours, upstream, metrics, tag_max_age_s=tag_max_age_s, now=now
         )
         self._store = store
         self._memory = memory
@@ -44,8 +47,9 @@ class Mirror:
         self._upstream = upstream
         self._opener = Opener(tasks, store, memory, neighbours, upstream, metrics, proofs)
         self._fetcher = Fetcher(tasks, neighbours, upstream, metrics, proofs)
-        self._reader = Reader(tasks, self._fetcher, neighbours, metrics)
-        self._fetcher.on_complete = self._reader.confirm
+        gatherer = Gatherer(tasks, self._fetcher, neighbours)
+        self._reader = Reader(self._fetcher, gatherer, neighbours, upstream, metrics)
+        self._fetcher.on_complete = gatherer.confirm
 
     def facts(self, digest: Digest) -> BlobFacts | None:
         """What manifests said of a blob."""
@@ -90,6 +94,64 @@ class Mirror:
             return await self._upstream.forward(repository, kind, query, accept)
         except SourceError as error:
             raise BlobUnavailable.because(str(repository), error) from error
+
+    # -- what peers ask for (`p2pcache.ports.Giver`) ------------------------------------------
+
+    def will_give(self, digest: Digest, cut: str, pieces: range) -> bool:
+        """Say whether this node has or is fetching all of these consecutive pieces."""
+        blob = self._opener.find(digest)
+        if blob is None or blob.cut.name != cut or pieces.stop > blob.layout.count:
+            return False
+        given = blob.given
+        return all(piece in given or piece in blob.inflight for piece in pieces)
+
+    async def piece(self, digest: Digest, cut: str, piece: int) -> bytes | None:
+        """Return a piece once it is here and may be given on; None if that does not happen soon."""
+        blob = self._opener.find(digest)
+        if blob is None or blob.cut.name != cut:
+            return None
+        fetch = blob.inflight.get(piece)
+        if fetch is not None and piece not in blob.given:
+            try:
+                async with asyncio.timeout(HOLD_S):
+                    result = await asyncio.shield(fetch)
+            except (TimeoutError, BlobUnavailable, TocUnusable):
+                return None
+            if result.data is not None:
+                is_proven = blob.layout.kind is LayoutKind.TOC
+                return result.data if is_proven or result.origin is Origin.UPSTREAM else None
+        if blob.stored is None or piece not in blob.given:
+            return None
+        with suppress(StoreError):
+            return await blob.stored.read(blob.layout.range_of(piece), staged=True)
+        return None
+
+    async def tail(self, digest: Digest, toc_digest: Digest) -> bytes | None:
+        """Return the table of contents with what follows it, waiting for it if need be."""
+        opening = self._opener.under_way(digest)
+        if opening is not None:
+            with suppress(TimeoutError, BlobUnavailable):
+                async with asyncio.timeout(HOLD_S):
+                    await asyncio.shield(opening)
+        stored = self._store.find(digest)
+        if stored is None or stored.toc_digest != toc_digest:
+            return None
+        last = stored.layout.count - 1
+        if last not in stored.held:
+            return None
+        with suppress(StoreError):
+            return await stored.read(stored.layout.range_of(last))
+        return None
+
+    async def manifest(self, digest: Digest) -> Manifest | None:
+        """Return a manifest, waiting for it if it is being fetched."""
+        fetch = self.manifests.under_way(digest)
+        if fetch is None:
+            return await self._memory.manifest(digest)
+        with suppress(TimeoutError, BlobUnavailable):
+            async with asyncio.timeout(HOLD_S):
+                return await asyncio.shield(fetch)
+        return None
 
     @asynccontextmanager
     async def open(self, digest: Digest, repository: Repository | None) -> AsyncIterator[OpenBlob]:

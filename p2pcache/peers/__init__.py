@@ -1,5 +1,8 @@
 """The other nodes, as this one sees them.
 
-`client` speaks the peer API (``/p2p/v1/``) to one node. `neighbours` knows all of them: whom to ask
-for what, how each has served, and whom to leave alone.
+`client` speaks the peer API (``/p2p/v1/``) to one node; `members` knows them all, how each has
+served, and whom to leave alone. `locator` finds out where pieces are: it sends claims to their
+coordinators (`posting`), tells them what this node has (`announcing`), or asks around (`asking`).
+`coordination` is this node's own part as a coordinator. All four see the members through the
+protocols in `directory`.
 """

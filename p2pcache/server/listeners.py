@@ -20,38 +20,43 @@ _BACKLOG: Final = 1024
 
 
 class Listener:
-    """One address, and the server that answers there."""
+    """One address, and the server that answers there.
 
-    def __init__(self, address: Address, server: web.Server) -> None:
-        self.address = address
-        self._web_server = server
+    Listens from the start, so that the port is known; connections are accepted once it is opened.
+    Raises `ConfigError` if the address cannot be had.
+    """
+
+    def __init__(self, address: Address) -> None:
+        try:
+            self._socket = _listening_socket(address)
+        except OSError as error:
+            raise ConfigError([f"cannot listen on {address}: {error.strerror}"]) from error
+        self.port: int = self._socket.getsockname()[1]
+        """The port in use: the one asked for, or the one that was free if that was 0."""
+        self.address = Address(address.host, self.port)
+        self._web_server: web.Server | None = None
         self._server: asyncio.Server | None = None
 
-    async def open(self) -> None:
-        """Listen. Raises `ConfigError` if the address cannot be had."""
-        try:
-            self._server = await asyncio.get_running_loop().create_server(
-                self._web_server, sock=_listening_socket(self.address), backlog=_BACKLOG
-            )
-        except OSError as error:
-            raise ConfigError([f"cannot listen on {self.address}: {error.strerror}"]) from error
-
-    @property
-    def port(self) -> int:
-        """The port in use: the one asked for, or the one that was free if that was 0."""
-        assert self._server is not None
-        return int(self._server.sockets[0].getsockname()[1])
+    async def open(self, server: web.Server) -> None:
+        """Have *server* answer whoever connects."""
+        self._web_server = server
+        self._server = await asyncio.get_running_loop().create_server(
+            server, sock=self._socket, backlog=_BACKLOG
+        )
 
     def stop_accepting(self) -> None:
         """Take no more connections, and close those that are idle."""
-        if self._server is not None:
-            self._server.close()
+        if self._server is None or self._web_server is None:
+            self._socket.close()
+            return
+        self._server.close()
         self._web_server.pre_shutdown()
 
     async def close(self, timeout_s: float) -> None:
         """Wait for the answers under way, at most *timeout_s*; cut what is left."""
         self.stop_accepting()
-        await self._web_server.shutdown(timeout_s)
+        if self._web_server is not None:
+            await self._web_server.shutdown(timeout_s)
 
 
 def _listening_socket(address: Address) -> socket.socket:

@@ -24,6 +24,7 @@ The parts, from the bottom up:
 ``disk``      the directory as this process may use it: lock, hand-over, threads, bounded waits
 ``rot``       reading a data file against the hashes of its pieces
 ``blobs``     one blob in memory, and reading, writing, proving and dropping its pieces
+``owner``     what a blob asks of the store, which is above it
 ``memory``    manifests, tags and facts: all in memory, written through
 ``store``     the composition: which blobs there are, budget and eviction
 

@@ -15,15 +15,16 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Final, Protocol
+from typing import Final
 
 from p2pcache.core.errors import StoreCorrupt, StoreError, StoreFull, StoreLacksPiece
 from p2pcache.core.layout import PieceMask, PieceState
 from p2pcache.core.ranges import ByteRange
 from p2pcache.store.catalog import BlobRecord, Catalog
-from p2pcache.store.disk import PATIENCE_S, Disk, committed
+from p2pcache.store.disk import PATIENCE_S, committed
 from p2pcache.store.files import OpenFile
-from p2pcache.store.rot import CheckedFile, piece_hash
+from p2pcache.store.owner import Owner
+from p2pcache.store.rot import CheckedFile, Prefix, piece_hash
 from p2pcache.store.writer import Job, Row
 
 # A piece that was checked so recently is not hashed again: rot is slow, reads are not.
@@ -40,36 +41,6 @@ _HELD: Final = int(PieceState.HELD_UPSTREAM)
 _RANK: Final = (0, 2, 1, 3, 3)
 
 
-class Owner(Protocol):
-    """What a blob needs of its store."""
-
-    disk: Disk
-    clock: Callable[[], float]
-    scratch: memoryview
-    read_flags: int
-
-    def note_pinned(self, blob: StoredBlob) -> None:
-        """The blob is read or written from now on."""
-
-    def note_unpinned(self, blob: StoredBlob) -> None:
-        """Nobody reads or writes it any more."""
-
-    def take_room(self, size: int, blob: StoredBlob) -> None:
-        """Count *size* bytes for *blob*, evicting others. Raises `StoreFull`."""
-
-    def give_room(self, size: int, blob: StoredBlob) -> None:
-        """Count *size* bytes less."""
-
-    def note_open(self, blob: StoredBlob) -> None:
-        """The blob has a descriptor open now."""
-
-    def note_rot(self, blob: StoredBlob, pieces: list[int]) -> None:
-        """Pieces did not match their hash."""
-
-    def lose(self, blob: StoredBlob) -> None:
-        """The blob's file is not there."""
-
-
 class StoredBlob:
     """The pieces of one blob on disk."""
 
@@ -81,8 +52,10 @@ class StoredBlob:
         "_count",
         "_file",
         "_hashes",
+        "_hashing",
         "_masks",
         "_owner",
+        "_prefix",
         "_proving",
         "_starts",
         "_states",
@@ -120,7 +93,9 @@ class StoredBlob:
         self._masks: dict[tuple[PieceState, ...], PieceMask] = {}
         self._busy: dict[int, asyncio.Future[StoreFull | None]] = {}
         self._proving: asyncio.Future[None] | None = None
-        # Counts what puts every piece in doubt at once.
+        self._prefix: Prefix | None = None
+        self._hashing = False
+        # Counts what puts bytes in doubt that have been read already.
         self._changes = 0
 
     def __repr__(self) -> str:
@@ -140,11 +115,6 @@ class StoredBlob:
     def held(self) -> PieceMask:
         """The proven pieces: all of them if whole."""
         return self.pieces_in(PieceState.HELD_UPSTREAM, PieceState.HELD_PEER)
-
-    @property
-    def staged(self) -> PieceMask:
-        """The pieces on disk that are not proven."""
-        return self.pieces_in(PieceState.STAGED_UPSTREAM, PieceState.STAGED_PEER)
 
     def pieces_in(self, *states: PieceState) -> PieceMask:
         """The pieces in any of *states*."""
@@ -366,8 +336,9 @@ class StoredBlob:
 
     async def _prove(self) -> bool:
         file = await self._opened()
-        matches, rotten = await self._owner.disk.in_thread(
-            lambda: file.matches(self.digest),
+        start = self._prefix or Prefix.empty(self.digest)
+        whole, rotten = await self._owner.disk.in_thread(
+            lambda: file.hash_on(start, self._count),
             patience_s=PATIENCE_S + self.layout.size / _SLOWEST_DISK,
         )
         if (lacking := self._states.find(0)) >= 0 or self.is_gone:  # `drop` does not wait for us.
@@ -376,8 +347,10 @@ class StoredBlob:
             self._owner.note_rot(self, rotten)
             await self.drop(rotten)
             raise StoreCorrupt(str(self.digest), rotten[0])
-        self._note_checked(range(self._count), self._owner.clock())
-        if not matches:
+        # What was hashed ahead was checked then, and not now.
+        self._note_checked(range(start.pieces, self._count), self._owner.clock())
+        self._prefix = None
+        if not whole.is_all_of(self.digest):
             return False
         row = self.row
 
@@ -398,6 +371,32 @@ class StoredBlob:
 
         await committed(self._owner.disk.submit(Job(run, settle)))
         return self._whole
+
+    async def hash_ahead(self) -> None:
+        """Hash the pieces that have come so far, from the first on without a gap.
+
+        Spares `confirm_whole` reading them again, and its caller the wait. Raises `StoreError`.
+        """
+        if self._hashing or self._proving or self._whole:
+            return
+        start = self._prefix or Prefix.empty(self.digest)
+        present = PieceMask.full(self._count) - self.pieces_in(PieceState.ABSENT)
+        stop = present.run_length(0)
+        if stop == self._count or stop <= start.pieces:
+            return
+        self._hashing = True
+        changes, now = self._changes, self._owner.clock()
+        try:
+            with self.reading():
+                file = await self._opened()
+                reached, rotten = await self._owner.disk.in_thread(
+                    lambda: file.hash_on(start, stop)
+                )
+        finally:
+            self._hashing = False
+        if not rotten and changes == self._changes and not self._proving:
+            self._prefix = reached
+            self._note_checked(range(start.pieces, stop), now)
 
     async def drop(self, pieces: Iterable[int]) -> None:
         """Forget *pieces*. Absent ones are no error."""
@@ -446,6 +445,7 @@ class StoredBlob:
     def forget_checks(self) -> None:
         """Somebody else may change the bytes from now on: check at every read."""
         self._changes += 1
+        self._prefix = None
         self._checked_until = array("d", (_NEVER,)) * self._count
 
     def close_file(self) -> None:
@@ -458,6 +458,8 @@ class StoredBlob:
         return self._file is not None
 
     def _set_absent(self, pieces: Iterable[int]) -> None:
+        self._changes += 1
+        self._prefix = None
         for piece in pieces:
             self._states[piece] = 0
             self._checked_until[piece] = _NEVER

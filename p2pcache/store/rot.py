@@ -33,6 +33,23 @@ def piece_hash(data: bytes | memoryview) -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class Prefix:
+    """The hash of a blob's first *pieces*, so that it need not be read from the start again."""
+
+    hash: hashlib._Hash
+    pieces: int = 0
+
+    @classmethod
+    def empty(cls, digest: Digest) -> Prefix:
+        """Nothing has been hashed yet."""
+        return cls(hashlib.new(digest.algorithm))
+
+    def is_all_of(self, digest: Digest) -> bool:
+        """What was hashed has *digest*."""
+        return self.hash.hexdigest() == digest.encoded
+
+
+@dataclass(frozen=True, slots=True)
 class CheckedFile:
     """A blob's file beside the *hashes* that its pieces should have, one per piece.
 
@@ -59,16 +76,16 @@ class CheckedFile:
             return data, rotten
         return data[part.start - span.start : part.stop - span.start], rotten
 
-    def matches(self, digest: Digest) -> tuple[bool, list[int]]:
-        """Read all of it once: whether it has *digest*, and which pieces are rotten."""
-        whole = hashlib.new(digest.algorithm)
+    def hash_on(self, prefix: Prefix, stop: int) -> tuple[Prefix, list[int]]:
+        """Read on from *prefix* to piece *stop*: the longer prefix, and which pieces are rotten."""
+        whole = prefix.hash.copy()
         rotten = []
-        for pieces in _runs(self.layout, _DIGEST_BLOCK):
+        for pieces in _runs(self.layout, range(prefix.pieces, stop), _DIGEST_BLOCK):
             span = self.layout.span(pieces)
             data = memoryview(self._pread(span))
             whole.update(data)
             rotten += self._rotten(data, span.start, pieces)
-        return whole.hexdigest() == digest.encoded, rotten
+        return Prefix(whole, stop), rotten
 
     def _find_rot(self, pieces: range) -> list[int]:
         """Say which of *pieces*, read one by one, are to blame for a read that came short."""
@@ -107,11 +124,12 @@ class CheckedFile:
         return data
 
 
-def _runs(layout: Layout, size: int) -> Iterator[range]:
-    """Cut the pieces into runs of about *size* bytes, at least one piece each."""
-    first = 0
-    while first < layout.count:
+def _runs(layout: Layout, wanted: range, size: int) -> Iterator[range]:
+    """Cut the *wanted* pieces into runs of about *size* bytes, at least one piece each."""
+    first = wanted.start
+    while first < wanted.stop:
         stop = layout.starts[first] + size
         after = bisect_right(layout.starts, stop) - 1 if stop < layout.size else layout.count
-        yield range(first, max(after, first + 1))
-        first = max(after, first + 1)
+        after = min(max(after, first + 1), wanted.stop)
+        yield range(first, after)
+        first = after

@@ -117,6 +117,7 @@ class Mirror:
         command += ["--mirror-listen", f"127.0.0.1:{MIRROR_PORT}"]
         command += ["--mirror-for", f"{self._registry}=127.0.0.1:{NAMELESS_PORT}"]
         command += ["--peer-listen", f"0.0.0.0:{PEER_PORT}"]
+        command += ["--advertise", f"{self._machine.address}:{PEER_PORT}"]
         command += ["--node-name", self._machine.name]
         command += ["--status-listen", f"127.0.0.1:{STATUS_PORT}"]
         command += ["--upstream", f"{self._registry}=http://{self._registry}"]

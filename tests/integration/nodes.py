@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import io
 import json
 import random
 import tarfile
+import time
 import zlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,6 +104,7 @@ async def running(
     *,
     peers: Sequence[str] = (),
     patience: Patience = HASTY,
+    wall_clock: Callable[[], float] = time.time,  # noqa: TID251 - as `open_node` has it
     **settings: Any,
 ) -> AsyncIterator[RunningNode]:
     """Run a node in front of *registry*, with its pieces in *store*."""
@@ -120,7 +123,7 @@ async def running(
         }
     )
     async with (
-        open_node(config, patience=patience) as node,
+        open_node(config, patience=patience, wall_clock=wall_clock) as node,
         # Each request on a connection of its own or not: many at once must not wait here.
         aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),
@@ -128,6 +131,8 @@ async def running(
             auto_decompress=False,
         ) as session,
     ):
+        async with asyncio.timeout(10):  # who coordinates is settled then
+            await node.members.greeted.wait()
         yield RunningNode(node, session)
 
 

@@ -77,13 +77,12 @@ async def lanes_of(tmp_path: Any) -> AsyncIterator[Lanes]:
                     return response
 
                 server.request_handler = counted
-                twin = Listener(
-                    anywhere,
+                twin = Listener(anywhere)
+                await twin.open(
                     OrdinaryServer(
                         handler, node.node.store, node.node.metrics, server._repository_of
-                    ),
+                    )
                 )
-                await twin.open()
                 twins.append(twin)
             lanes = Lanes(node, twins)
             lanes.handled = lanes.taken()

@@ -15,6 +15,7 @@ from p2pcache.config import (
     add_serve_arguments,
     interpreter,
     parse_address,
+    parse_rate,
     parse_size,
     process_environment,
     read_config,
@@ -65,6 +66,8 @@ def examples(secret_file):
         "mirror-for": ("ghcr.io=[::1]:2", "mirror_for", {"ghcr.io": Address("::1", 2)}),
         "mirror-exposed": ("yes", "mirror_exposed", True),
         "peer-listen": ("10.0.0.1:3", "peer_listen", Address("10.0.0.1", 3)),
+        "advertise": ("10.0.0.1:7", "advertise", Address("10.0.0.1", 7)),
+        "zone": ("eu-west-1a", "zone", "eu-west-1a"),
         "status-listen": ("0.0.0.0:4", "status_listen", Address("0.0.0.0", 4)),
         "node-name": ("n1", "node_name", "n1"),
         "upstream": ("r.example=http://r:5/", "upstream", {"r.example": "http://r:5"}),
@@ -73,6 +76,10 @@ def examples(secret_file):
         "peer": ("http://10.0.0.2:6", "peers", ("http://10.0.0.2:6",)),
         "cluster-secret-file": (here, "cluster_secret", secret_file.read_bytes().strip()),
         "tag-max-age": ("60", "tag_max_age_s", 60.0),
+        "upload-limit": ("400Mbit", "upload_limit", 50_000_000),
+        "upstream-limit": ("50MiB/s", "upstream_limit", 50 << 20),
+        "max-uploads": ("16", "max_uploads", 16),
+        "containerd-content": ("/content", "containerd_content", Path("/content")),
         "drain-timeout": ("0.5", "drain_timeout_s", 0.5),
         "log-format": ("TEXT", "log_format", "text"),
         "log-level": ("debug", "log_level", "debug"),
@@ -198,6 +205,21 @@ def test_all_problems_are_told_at_once_each_with_its_flag(tmp_path):
         ("tag-max-age", "nan"),
         ("tag-max-age", "inf"),
         ("tag-max-age", "1h"),
+        ("upload-limit", "fast"),
+        ("upload-limit", "-1MB"),
+        ("upstream-limit", "100"),
+        ("max-uploads", "0"),
+        ("max-uploads", "many"),
+        ("max-uploads", "1.5"),
+        ("max-uploads", "1e3"),
+        ("advertise", "10.0.0.1"),
+        ("advertise", "10.0.0.1:0"),
+        ("advertise", "0.0.0.0:29901"),
+        ("advertise", "[::]:29901"),
+        ("zone", "two words"),
+        ("zone", "-a"),
+        ("zone", "zöne"),
+        ("zone", "z" * 64),
         ("log-format", "xml"),
     ],
 )
@@ -235,6 +257,27 @@ def test_an_exposed_mirror_is_refused_unless_allowed_in_so_many_words(address):
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "127.9.9.9:1", "[::1]:1", "localhost:1"])
 def test_a_mirror_on_loopback_needs_no_leave(address):
     assert read("--mirror-listen", address, "--mirror-for", f"a={address}").mirror_for
+
+
+# Where other nodes reach this one.
+
+
+@pytest.mark.parametrize(
+    ("advertise", "listening", "advertised"),
+    [
+        (None, "10.0.0.1:29901", "10.0.0.1:29901"),
+        (None, "127.0.0.1:29901", "127.0.0.1:29901"),
+        (None, "node.example:1", "node.example:1"),
+        (None, "0.0.0.0:29901", ""),
+        (None, "[::]:29901", ""),
+        (None, "10.0.0.1:0", ""),
+        ("10.0.0.2:7", "0.0.0.0:29901", "10.0.0.2:7"),
+        ("[fd00::1]:7", "10.0.0.1:29901", "[fd00::1]:7"),
+    ],
+)
+def test_a_node_is_reached_where_it_says_or_else_where_it_listens(advertise, listening, advertised):
+    config = read(*(["--advertise", advertise] if advertise else []))
+    assert config.advertised(parse_address(listening)) == advertised
 
 
 # Secrets.
@@ -320,6 +363,58 @@ def test_any_size_is_positive_or_refused(text):
         return
     assert text.isascii()
     assert any(character.isdigit() for character in text)
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"),
+    [
+        ("10MB/s", 10_000_000),
+        ("10MB", 10_000_000),
+        ("10 MiB/s", 10 << 20),
+        ("10M", 10_000_000),
+        ("1.5Gi/s", 3 << 29),
+        ("100Mbit", 12_500_000),
+        ("100mbit/s", 12_500_000),
+        ("1Gibit", 1 << 27),
+        ("1GBit/s", 125_000_000),
+        ("1000000bit", 125_000),
+        ("65536", 65536),
+        (" 64KiB/s ", 65536),
+        ("0", None),
+        ("0Mbit", None),
+        ("0.0MB/s", None),
+    ],
+)
+def test_a_rate_is_read(text, rate):
+    assert parse_rate(text) == rate
+
+
+@pytest.mark.parametrize(
+    "text", ["", "MB/s", "10Mb/s", "10mbps", "10MB/h", "10MB/s/s", "-1", "1e9"]
+)
+def test_what_is_no_rate_is_refused_with_an_example(text):
+    with pytest.raises(ValueError, match=r"10MB/s \(bytes\) or 100Mbit \(bits\)"):
+        parse_rate(text)
+
+
+@pytest.mark.parametrize("text", ["1", "100", "100kbit", "63KiB/s", "0.9bit"])
+def test_a_limit_so_low_that_nothing_would_work_is_a_mistake(text):
+    with pytest.raises(ValueError, match=r"less than 64KiB/s"):
+        parse_rate(text)
+
+
+@given(
+    st.text(max_size=12) | st.from_regex(r"\A[0-9.]{0,20} ?[KMGTkmgti\u212a]{0,2}(b|B|bit)?(/s)?\Z")
+)
+@example("9" * 5000)
+@example("1\N{KELVIN SIGN}")
+def test_any_rate_is_none_or_useful_or_refused(text):
+    try:
+        rate = parse_rate(text)
+    except ValueError:
+        return
+    assert rate is None or rate >= 64 << 10
+    assert text.isascii()
 
 
 ADDRESSES = st.builds(

@@ -19,8 +19,8 @@ SOURCES = {path: path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rgl
 # Prometheus' base units, then the things that are counted one by one.
 UNITS = {"bytes", "seconds", "info", "ratio"}
 COUNTED = {
-    "blames", "blobs", "failures", "fallbacks", "manifests", "peers", "pieces", "reads", "requests",
-    "tags",
+    "blames", "blobs", "claims", "failures", "fallbacks", "manifests", "peers", "pieces", "reads",
+    "regions", "requests", "tags",
 }  # fmt: skip
 NEVER_A_LABEL = {"digest", "peer", "repository", "tag", "path", "name", "node", "client"}
 

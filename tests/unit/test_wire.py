@@ -12,10 +12,14 @@ from p2pcache.core.errors import FormatError
 from p2pcache.core.layout import LayoutKind, PieceMask
 from p2pcache.core.model import MAX_BLOB_SIZE, Digest
 from p2pcache.core.wire import (
+    Hello,
     Holding,
+    NodeState,
     TagNews,
+    decode_hello,
     decode_holding,
     decode_tag,
+    encode_hello,
     encode_holding,
     encode_tag,
 )
@@ -58,6 +62,46 @@ def test_a_sent_holding_is_read_back(holding):
 @given(TAGS)
 def test_a_sent_tag_is_read_back(news):
     assert decode_tag(encode_tag(news)) == news
+
+
+NAMES = st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=30)
+HELLOS = st.builds(
+    Hello, st.text(min_size=1, max_size=30), NAMES, NAMES, st.sampled_from(NodeState), NAMES
+)
+
+
+@given(HELLOS)
+def test_a_sent_hello_is_read_back(hello):
+    assert decode_hello(encode_hello(hello)) == hello
+
+
+def hello(**changes):
+    fields = {"node": "n", "zone": "z", "address": "a:1", "state": "active", "protocol": "v1"}
+    return msgspec.msgpack.encode(list((fields | changes).values()))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"node": ""},
+        {"node": "n" * 256},
+        {"node": None},
+        {"zone": "z" * 256},
+        {"zone": "a zone"},
+        {"zone": "z\n"},
+        {"zone": "zön"},
+        {"address": "a:1\r\nb"},
+        {"address": "a" * 256},
+        {"state": "gone"},
+        {"state": ""},
+        {"protocol": "v\x00"},
+        {"protocol": 1},
+    ],
+)
+def test_an_impossible_hello_is_refused(changes):
+    assert decode_hello(hello())
+    with pytest.raises(FormatError):
+        decode_hello(hello(**changes))
 
 
 def test_a_whole_blob_takes_no_mask():
@@ -161,6 +205,7 @@ def test_impossible_news_of_a_tag_is_refused(body):
 def test_what_a_later_version_adds_at_the_end_is_passed_over():
     assert decode_holding(msgspec.msgpack.encode([*msgspec.msgpack.decode(wire()), "", "new"]))
     assert decode_tag(msgspec.msgpack.encode([*msgspec.msgpack.decode(tag()), "new"]))
+    assert decode_hello(msgspec.msgpack.encode([*msgspec.msgpack.decode(hello()), "new"]))
 
 
 BODIES = [
@@ -179,7 +224,7 @@ BODIES = [
 
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: repr(body[:20]))
 def test_broken_bodies_are_refused(body):
-    for decode in (decode_holding, decode_tag):
+    for decode in (decode_holding, decode_tag, decode_hello):
         with pytest.raises(FormatError):
             decode(body)
 
@@ -194,7 +239,7 @@ def test_broken_bodies_are_refused(body):
             | st.floats()
             | st.binary(max_size=4)
             | st.text(max_size=4)
-            | st.sampled_from(["toc", "fixed", str(A)]),
+            | st.sampled_from(["toc", "fixed", "active", str(A)]),
             min_size=4,
             max_size=8,
         ).map(msgspec.msgpack.encode),
@@ -206,6 +251,9 @@ def test_any_body_gives_a_possible_value_or_our_error(body):
         assert len(holding.held) <= holding.held.count <= min(1 << 24, holding.size)
     with suppress(FormatError):
         assert 0 <= decode_tag(body).age_s < math.inf
+    with suppress(FormatError):
+        said = decode_hello(body)
+        assert max(map(len, (said.node, said.zone, said.address, said.protocol))) <= 255
 
 
 def test_a_deeply_nested_body_is_refused():

@@ -1,0 +1,501 @@
+"""Connections to peers: HTTP/1.1 (RFC 9112), one request at a time on each, kept for the next one.
+
+Hides sockets, the pool, time limits and back-pressure; the grammar is llhttp's. The rules: whatever
+a peer sends is an answer or a `ConnectionError`, and takes bounded memory either way; every wait
+ends; a connection whose answer was not read to its end is never used again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from types import TracebackType
+from typing import Final, Self, cast
+from urllib.parse import urlsplit
+
+from httptools import (
+    HttpParserCallbackError,
+    HttpParserError,
+    HttpParserUpgrade,
+    HttpResponseParser,
+)
+
+# A peer is a neighbour: one that does not answer a connection within a second is not there.
+CONNECT_S: Final = 1.0
+# For everything before a request can be sent: a free connection, its name's addresses, TLS.
+_READY_S: Final = 2.0
+# As our own servers, by default.
+_IDLE_S: Final = 60.0
+_CLOSE_S: Final = 1.0
+
+_MAX_CONNECTIONS: Final = 128
+_MAX_ASKING: Final = 4096
+_MAX_ADDRESSES: Final = 4
+
+# Our own heads have a few hundred bytes. Between two bytes of a body no more may stand, either: the
+# frames of chunks, or what follows the last one.
+_MAX_OVERHEAD: Final = 16 << 10
+_MAX_HEADERS: Final = 64
+# A socket is read no further while its reader has so much left to take. Then one more read of the
+# event loop's may come, 256 KiB.
+_MAX_BUFFERED: Final = 512 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a peer is reached, the same for all of its URLs."""
+
+    host: str
+    port: int
+    is_tls: bool
+
+    @classmethod
+    def of(cls, url: str) -> Place:
+        """Return the place of a peer's *url*."""
+        parts = urlsplit(url)
+        is_tls = parts.scheme == "https"
+        return cls(parts.hostname or "", parts.port or (443 if is_tls else 80), is_tls)
+
+
+class Connections:
+    """The connections of one node to its peers. An async context manager: leaving it ends them."""
+
+    def __init__(self) -> None:
+        self._pools: dict[Place, _Pool] = {}
+        self._is_closed = False
+        self._none_left = asyncio.Event()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._is_closed = True
+        for pool in list(self._pools.values()):
+            for connection in list(pool.connections):
+                connection.abort()
+        if self._pools:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_CLOSE_S):
+                    await self._none_left.wait()
+
+    async def ask(self, place: Place, request: bytes, patience_s: float) -> Answer:
+        """Send *request*, a whole one with its body; return the answer once its head is there.
+
+        The answer must be closed. A request may be sent twice, if the connection ended before any
+        byte of an answer. Wherever the peer is silent for *patience_s*, it is given up. Raises
+        `OSError`.
+        """
+        if self._is_closed:
+            raise ConnectionRefusedError("this node is stopping")
+        pool = self._pools.get(place)
+        if pool is None:
+            pool = self._pools[place] = _Pool(place, self._forget)
+        return await pool.ask(request, patience_s)
+
+    def _forget(self, place: Place) -> None:
+        self._pools.pop(place, None)
+        if not self._pools:
+            self._none_left.set()
+
+
+class Answer:
+    """One answer. To be closed by whoever asked, read to its end or not.
+
+    Its methods raise an `OSError` when the connection fails, or the peer sends what is no answer.
+    """
+
+    __slots__ = (
+        "_blocks",
+        "_buffered",
+        "_close",
+        "_connection",
+        "_failure",
+        "_fields",
+        "_has_head",
+        "_messages",
+        "_overhead",
+        "_parser",
+        "_stays",
+        "_waiter",
+        "headers",
+        "is_complete",
+        "status",
+    )
+
+    def __init__(self, connection: _Connection, close: Callable[[_Connection], None]) -> None:
+        self.status = 0
+        self.headers: dict[str, str] = {}
+        """By their names in small letters; repeated ones are joined (RFC 9110, section 5.3)."""
+        self.is_complete = False
+        """The whole of it came, though maybe not all of it was taken yet."""
+        self._connection = connection
+        self._close: Callable[[_Connection], None] | None = close
+        self._parser = HttpResponseParser(self)
+        self._messages = 0
+        self._fields = 0
+        self._stays = False
+        self._has_head = False
+        self._overhead = 0
+        self._blocks: deque[bytes] = deque()
+        self._buffered = 0
+        self._failure: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def content_length(self) -> int | None:
+        """What it says that its body has; None if that comes out in the end."""
+        length = self.headers.get("content-length")
+        return None if length is None else int(length)
+
+    async def block(self) -> bytes:
+        """Return the next bytes of the body, b"" at its end."""
+        while not self._blocks:
+            if self._failure is not None:
+                raise self._failure
+            if self.is_complete:
+                return b""
+            await self._news()
+        block = self._blocks.popleft()
+        self._buffered -= len(block)
+        if self._connection.is_paused and not self._blocks:
+            self._connection.resume()
+        return block
+
+    def close(self) -> None:
+        """Let go of the connection. It is closed unless all of the answer came."""
+        close, self._close = self._close, None
+        if close is not None:
+            close(self._connection)
+
+    # What the connection calls.
+
+    async def head(self) -> None:
+        """Return once the status and the headers are there."""
+        while not self._has_head:
+            if self._failure is not None:
+                raise self._failure
+            await self._news()
+
+    async def _news(self) -> None:
+        waiter = self._waiter = self._connection.loop.create_future()
+        try:
+            await waiter
+        finally:
+            self._waiter = None
+
+    def feed(self, data: bytes) -> bool:
+        """Take what came; say whether it makes sense so far."""
+        self._overhead += len(data)
+        try:
+            self._parser.feed_data(data)
+        except HttpParserCallbackError as error:
+            if not isinstance(error.__context__, _Nonsense):
+                raise
+            self.fail(ConnectionAbortedError(f"sent {error.__context__}"))
+            return False
+        except (HttpParserError, HttpParserUpgrade) as error:
+            self.fail(ConnectionAbortedError(f"sent what is no answer: {error}"[:200]))
+            return False
+        if self._overhead > _MAX_OVERHEAD and not self.is_complete:
+            self.fail(ConnectionAbortedError("sent a head without an end"))
+            return False
+        if self._buffered > _MAX_BUFFERED:
+            self._connection.pause()
+        if self._has_head:
+            self._wake()
+        return True
+
+    def fail(self, error: Exception) -> None:
+        """Nothing more will come, because of *error*."""
+        if not self.is_complete and self._failure is None:
+            self._failure = error
+        self._wake()
+
+    @property
+    def is_reusable(self) -> bool:
+        """Its connection may carry another one."""
+        return self._stays and self._messages == 1
+
+    @property
+    def is_unanswered(self) -> bool:
+        """Not a byte of it came."""
+        return not self._messages and not self._overhead
+
+    def _wake(self) -> None:
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    # What the parser calls.
+
+    def on_message_begin(self) -> None:
+        """Another one than the first answers nothing that was asked."""
+        self._messages += 1
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Note a header, if it stands in the head and not behind the body."""
+        self._fields += 1
+        if self._fields > _MAX_HEADERS:
+            raise _Nonsense("too many headers")
+        if self._has_head:
+            return
+        key, text = name.decode("latin-1").lower(), value.decode("latin-1")
+        before = self.headers.get(key)
+        self.headers[key] = text if before is None else f"{before}, {text}"
+
+    def on_headers_complete(self) -> None:
+        """The body follows. Where it ends must be said: a peer's answers never just break off."""
+        if self._has_head:
+            raise _Nonsense("an answer to nothing")
+        self.status = self._parser.get_status_code()
+        if self.status < 200:
+            raise _Nonsense(f"status {self.status}")
+        headers = self.headers
+        if "content-length" not in headers and "transfer-encoding" not in headers:
+            raise _Nonsense("an answer of unknown length")
+        self._has_head = True
+
+    def on_body(self, body: bytes) -> None:
+        """Keep some of the body for the reader."""
+        self._overhead = 0
+        self._blocks.append(body)
+        self._buffered += len(body)
+
+    def on_message_complete(self) -> None:
+        """That was all. Only now does the parser know whether the connection may stay."""
+        self.is_complete = True
+        self._stays = self._parser.should_keep_alive()
+
+
+class _Nonsense(Exception):
+    """What the parser lets pass, but no peer of ours says."""
+
+
+class _Connection(asyncio.Protocol):
+    """One connection. Its timer is for both: silence where there should be none, and idleness."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, pool: _Pool) -> None:
+        self.loop = loop
+        self.is_paused = False
+        self.is_open = False
+        self._pool = pool
+        self._transport: asyncio.Transport | None = None
+        self._answer: Answer | None = None
+        self._patience_s = _IDLE_S
+        self._heard_at = loop.time()
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+
+    def send(
+        self, request: bytes, patience_s: float, close: Callable[[_Connection], None]
+    ) -> Answer:
+        """Send *request*. From then on the peer may be silent for *patience_s*, no longer."""
+        answer = self._answer = Answer(self, close)
+        if self._transport is None:
+            answer.fail(ConnectionResetError("it has closed the connection"))
+        else:
+            self._watch(patience_s)
+            self._transport.write(request)
+        return answer
+
+    def rest(self) -> bool:
+        """Wait for another request, if that is possible; else close the connection."""
+        answer, self._answer = self._answer, None
+        if self.is_open and answer is not None and answer.is_reusable and not self.is_paused:
+            self._watch(_IDLE_S)
+            return True
+        self.abort()
+        return False
+
+    def abort(self) -> None:
+        """Close the connection at once."""
+        self.is_open = False
+        if self._transport is not None:
+            self._transport.abort()
+
+    def pause(self) -> None:
+        """Read no further for now."""
+        if self._transport is not None and not self._transport.is_closing() and not self.is_paused:
+            self.is_paused = True
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        """Read on. The peer was not silent meanwhile: nobody listened."""
+        self.is_paused = False
+        self._heard_at = self.loop.time()
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    # What the event loop calls.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin."""
+        self._transport = cast(asyncio.Transport, transport)
+        self.is_open = True
+        self._pool.connections.add(self)
+        self._watch(_IDLE_S)
+
+    def data_received(self, data: bytes) -> None:
+        """Take some of the answer."""
+        answer = self._answer
+        if answer is None or answer.is_complete:
+            self.abort()  # Nothing was asked.
+            return
+        self._heard_at = self.loop.time()
+        if not answer.feed(data):
+            self.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End."""
+        self._transport = None
+        self.is_open = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._pool.forget(self)
+        if self._answer is not None:
+            reason = "it closed the connection" if exc is None else str(exc) or type(exc).__name__
+            self._answer.fail(ConnectionResetError(reason))
+
+    # A request sets no timer if there is one that goes off early enough: then it is put off.
+
+    def _watch(self, patience_s: float) -> None:
+        self._patience_s = patience_s
+        self._heard_at = self.loop.time()
+        self._ring_at(self._heard_at + patience_s)
+
+    def _ring_at(self, due: float) -> None:
+        if self._timer is not None:
+            if self._timer_at <= due:
+                return
+            self._timer.cancel()
+        self._timer_at = due
+        self._timer = self.loop.call_at(due, self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        now = self.loop.time()
+        due = (now if self.is_paused else self._heard_at) + self._patience_s
+        if due > now:
+            self._ring_at(due)
+            return
+        if self._answer is not None:
+            self._answer.fail(TimeoutError(f"nothing came for {self._patience_s:g} s"))
+        self.abort()
+
+
+class _Pool:
+    """The connections to one place: at most so many requests are under way, the others wait."""
+
+    def __init__(self, place: Place, on_empty: Callable[[Place], None]) -> None:
+        self.connections: set[_Connection] = set()
+        self._place = place
+        self._on_empty = on_empty
+        self._idle: list[_Connection] = []
+        self._asking = 0
+        self._slots = asyncio.Semaphore(_MAX_CONNECTIONS)
+
+    async def ask(self, request: bytes, patience_s: float) -> Answer:
+        if self._asking >= _MAX_ASKING:
+            raise ConnectionRefusedError("too many requests to it wait here")
+        self._asking += 1
+        try:
+            if self._slots.locked():
+                async with asyncio.timeout(_READY_S):
+                    await self._slots.acquire()
+            else:
+                await self._slots.acquire()
+        except BaseException:
+            self._done()
+            raise
+        try:
+            return await self._ask(request, patience_s)
+        except BaseException:
+            self._slots.release()
+            self._done()
+            raise
+
+    async def _ask(self, request: bytes, patience_s: float) -> Answer:
+        """Ask on an idle connection, or a new one. Once more if it was closed without an answer.
+
+        A server may close a connection just as a request comes in, and all of ours may be repeated
+        (RFC 9110, section 9.2.2; claims as they are made).
+        """
+        may_repeat = True
+        connection = self._idle.pop() if self._idle else await self._connect()
+        while True:
+            answer = connection.send(request, patience_s, self._close)
+            try:
+                await answer.head()
+            except ConnectionResetError:
+                connection.abort()
+                if not may_repeat or not answer.is_unanswered:
+                    raise
+            except BaseException:
+                connection.abort()
+                raise
+            else:
+                return answer
+            may_repeat = False
+            connection = await self._connect()
+
+    async def _connect(self) -> _Connection:
+        loop = asyncio.get_running_loop()
+        place = self._place
+        tls = await asyncio.to_thread(_tls_context) if place.is_tls else None
+        failure: OSError | None = None
+        async with asyncio.timeout(_READY_S):
+            found = await loop.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)
+            for where in dict.fromkeys(item[4][:2] for item in found[:_MAX_ADDRESSES]):
+                try:
+                    async with asyncio.timeout(CONNECT_S):
+                        _, connection = await loop.create_connection(
+                            lambda: _Connection(loop, self),
+                            str(where[0]),
+                            int(where[1]),
+                            ssl=tls,
+                            server_hostname=place.host if tls else None,
+                        )
+                        return connection
+                except OSError as error:
+                    failure = error
+        raise failure or ConnectionRefusedError("its name has no address")
+
+    def _close(self, connection: _Connection) -> None:
+        """An answer is closed."""
+        if connection.rest():
+            self._idle.append(connection)
+        self._slots.release()
+        self._done()
+
+    def forget(self, connection: _Connection) -> None:
+        """A connection is gone."""
+        self.connections.discard(connection)
+        if connection in self._idle:
+            self._idle.remove(connection)
+        self._end_if_empty()
+
+    def _done(self) -> None:
+        self._asking -= 1
+        self._end_if_empty()
+
+    def _end_if_empty(self) -> None:
+        if not self._asking and not self.connections:
+            self._on_empty(self._place)
+
+
+@cache
+def _tls_context() -> ssl.SSLContext:
+    """Who is believed to be a peer over TLS: what this machine believes. Reads files."""
+    return ssl.create_default_context()
