@@ -113,6 +113,11 @@ class Toc:
         """All of them, in order. Makes one value per member and chunk: for tools and tests."""
         return self.members_in(ByteRange(0, self.size))
 
+    @property
+    def member_count(self) -> int:
+        """How many members there are: by this the memory that it takes is known."""
+        return len(self._starts)
+
     def members_in(self, part: ByteRange) -> Sequence[Member]:
         """The members that lie wholly within *part*, in order."""
         first = bisect_left(self._starts, part.start)

@@ -328,12 +328,12 @@ class Opener:
 
     def _let_idle_go(self) -> None:
         """Forget idle blobs, the longest unused first; those that are being read stay."""
-        members = sum(len(blob.toc.members) for blob in self._active.values() if blob.toc)
+        members = sum(blob.toc.member_count for blob in self._active.values() if blob.toc)
         for digest, blob in list(self._active.items())[:-1]:
             if len(self._active) <= _MAX_IDLE_BLOBS and members <= _MAX_IDLE_MEMBERS:
                 return
             if not blob.readers and not blob.inflight and blob.assembly is None:
-                members -= len(blob.toc.members) if blob.toc else 0
+                members -= blob.toc.member_count if blob.toc else 0
                 del self._active[digest]
 
 
