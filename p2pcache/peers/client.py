@@ -49,7 +49,8 @@ from p2pcache.core.wire import (
     decode_holding,
     decode_tag,
 )
-from p2pcache.peers.connections import Answer, Connections, Place
+from p2pcache.peers.answer import Answer
+from p2pcache.peers.connections import Connections, Place
 
 # A peer that sends nothing for so long while it should has stalled. Hedging acts much earlier.
 NO_PROGRESS_S: Final = 3.0

@@ -1,8 +1,8 @@
 """Connections to peers: HTTP/1.1 (RFC 9112), one request at a time on each, kept for the next one.
 
-Hides sockets, the pool, time limits and back-pressure; the grammar is llhttp's. The rules: whatever
-a peer sends is an answer or a `ConnectionError`, and takes bounded memory either way; every wait
-ends; a connection whose answer was not read to its end is never used again.
+Hides sockets, the pool and time limits. The rules: every wait ends; how many connections there are,
+and how many requests wait for one, is bounded; a connection is used again only if all of its last
+answer came, and nothing else did.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,12 +18,7 @@ from types import TracebackType
 from typing import Final, Self, cast
 from urllib.parse import urlsplit
 
-from httptools import (
-    HttpParserCallbackError,
-    HttpParserError,
-    HttpParserUpgrade,
-    HttpResponseParser,
-)
+from p2pcache.peers.answer import Answer
 
 # A peer is a neighbour: one that does not answer a connection within a second is not there.
 CONNECT_S: Final = 1.0
@@ -37,14 +31,6 @@ _CLOSE_S: Final = 1.0
 _MAX_CONNECTIONS: Final = 128
 _MAX_ASKING: Final = 4096
 _MAX_ADDRESSES: Final = 4
-
-# Our own heads have a few hundred bytes. Between two bytes of a body no more may stand, either: the
-# frames of chunks, or what follows the last one.
-_MAX_OVERHEAD: Final = 16 << 10
-_MAX_HEADERS: Final = 64
-# A socket is read no further while its reader has so much left to take. Then one more read of the
-# event loop's may come, 256 KiB.
-_MAX_BUFFERED: Final = 512 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,179 +95,6 @@ class Connections:
             self._none_left.set()
 
 
-class Answer:
-    """One answer. To be closed by whoever asked, read to its end or not.
-
-    Its methods raise an `OSError` when the connection fails, or the peer sends what is no answer.
-    """
-
-    __slots__ = (
-        "_blocks",
-        "_buffered",
-        "_close",
-        "_connection",
-        "_failure",
-        "_fields",
-        "_has_head",
-        "_messages",
-        "_overhead",
-        "_parser",
-        "_stays",
-        "_waiter",
-        "headers",
-        "is_complete",
-        "status",
-    )
-
-    def __init__(self, connection: _Connection, close: Callable[[_Connection], None]) -> None:
-        self.status = 0
-        self.headers: dict[str, str] = {}
-        """By their names in small letters; repeated ones are joined (RFC 9110, section 5.3)."""
-        self.is_complete = False
-        """The whole of it came, though maybe not all of it was taken yet."""
-        self._connection = connection
-        self._close: Callable[[_Connection], None] | None = close
-        self._parser = HttpResponseParser(self)
-        self._messages = 0
-        self._fields = 0
-        self._stays = False
-        self._has_head = False
-        self._overhead = 0
-        self._blocks: deque[bytes] = deque()
-        self._buffered = 0
-        self._failure: Exception | None = None
-        self._waiter: asyncio.Future[None] | None = None
-
-    @property
-    def content_length(self) -> int | None:
-        """What it says that its body has; None if that comes out in the end."""
-        length = self.headers.get("content-length")
-        return None if length is None else int(length)
-
-    async def block(self) -> bytes:
-        """Return the next bytes of the body, b"" at its end."""
-        while not self._blocks:
-            if self._failure is not None:
-                raise self._failure
-            if self.is_complete:
-                return b""
-            await self._news()
-        block = self._blocks.popleft()
-        self._buffered -= len(block)
-        if self._connection.is_paused and not self._blocks:
-            self._connection.resume()
-        return block
-
-    def close(self) -> None:
-        """Let go of the connection. It is closed unless all of the answer came."""
-        close, self._close = self._close, None
-        if close is not None:
-            close(self._connection)
-
-    # What the connection calls.
-
-    async def head(self) -> None:
-        """Return once the status and the headers are there."""
-        while not self._has_head:
-            if self._failure is not None:
-                raise self._failure
-            await self._news()
-
-    async def _news(self) -> None:
-        waiter = self._waiter = self._connection.loop.create_future()
-        try:
-            await waiter
-        finally:
-            self._waiter = None
-
-    def feed(self, data: bytes) -> bool:
-        """Take what came; say whether it makes sense so far."""
-        self._overhead += len(data)
-        try:
-            self._parser.feed_data(data)
-        except HttpParserCallbackError as error:
-            if not isinstance(error.__context__, _Nonsense):
-                raise
-            self.fail(ConnectionAbortedError(f"sent {error.__context__}"))
-            return False
-        except (HttpParserError, HttpParserUpgrade) as error:
-            self.fail(ConnectionAbortedError(f"sent what is no answer: {error}"[:200]))
-            return False
-        if self._overhead > _MAX_OVERHEAD and not self.is_complete:
-            self.fail(ConnectionAbortedError("sent a head without an end"))
-            return False
-        if self._buffered > _MAX_BUFFERED:
-            self._connection.pause()
-        if self._has_head:
-            self._wake()
-        return True
-
-    def fail(self, error: Exception) -> None:
-        """Nothing more will come, because of *error*."""
-        if not self.is_complete and self._failure is None:
-            self._failure = error
-        self._wake()
-
-    @property
-    def is_reusable(self) -> bool:
-        """Its connection may carry another one."""
-        return self._stays and self._messages == 1
-
-    @property
-    def is_unanswered(self) -> bool:
-        """Not a byte of it came."""
-        return not self._messages and not self._overhead
-
-    def _wake(self) -> None:
-        waiter = self._waiter
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
-
-    # What the parser calls.
-
-    def on_message_begin(self) -> None:
-        """Another one than the first answers nothing that was asked."""
-        self._messages += 1
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Note a header, if it stands in the head and not behind the body."""
-        self._fields += 1
-        if self._fields > _MAX_HEADERS:
-            raise _Nonsense("too many headers")
-        if self._has_head:
-            return
-        key, text = name.decode("latin-1").lower(), value.decode("latin-1")
-        before = self.headers.get(key)
-        self.headers[key] = text if before is None else f"{before}, {text}"
-
-    def on_headers_complete(self) -> None:
-        """The body follows. Where it ends must be said: a peer's answers never just break off."""
-        if self._has_head:
-            raise _Nonsense("an answer to nothing")
-        self.status = self._parser.get_status_code()
-        if self.status < 200:
-            raise _Nonsense(f"status {self.status}")
-        headers = self.headers
-        if "content-length" not in headers and "transfer-encoding" not in headers:
-            raise _Nonsense("an answer of unknown length")
-        self._has_head = True
-
-    def on_body(self, body: bytes) -> None:
-        """Keep some of the body for the reader."""
-        self._overhead = 0
-        self._blocks.append(body)
-        self._buffered += len(body)
-
-    def on_message_complete(self) -> None:
-        """That was all. Only now does the parser know whether the connection may stay."""
-        self.is_complete = True
-        self._stays = self._parser.should_keep_alive()
-
-
-class _Nonsense(Exception):
-    """What the parser lets pass, but no peer of ours says."""
-
-
 class _Connection(asyncio.Protocol):
     """One connection. Its timer is for both: silence where there should be none, and idleness."""
 
@@ -297,11 +110,9 @@ class _Connection(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
 
-    def send(
-        self, request: bytes, patience_s: float, close: Callable[[_Connection], None]
-    ) -> Answer:
+    def send(self, request: bytes, patience_s: float) -> Answer:
         """Send *request*. From then on the peer may be silent for *patience_s*, no longer."""
-        answer = self._answer = Answer(self, close)
+        answer = self._answer = Answer(self, self._close)
         if self._transport is None:
             answer.fail(ConnectionResetError("it has closed the connection"))
         else:
@@ -317,6 +128,9 @@ class _Connection(asyncio.Protocol):
             return True
         self.abort()
         return False
+
+    def _close(self) -> None:
+        self._pool.take_back(self)
 
     def abort(self) -> None:
         """Close the connection at once."""
@@ -435,7 +249,7 @@ class _Pool:
         may_repeat = True
         connection = self._idle.pop() if self._idle else await self._connect()
         while True:
-            answer = connection.send(request, patience_s, self._close)
+            answer = connection.send(request, patience_s)
             try:
                 await answer.head()
             except ConnectionResetError:
@@ -472,8 +286,8 @@ class _Pool:
                     failure = error
         raise failure or ConnectionRefusedError("its name has no address")
 
-    def _close(self, connection: _Connection) -> None:
-        """An answer is closed."""
+    def take_back(self, connection: _Connection) -> None:
+        """The answer that came by it is closed."""
         if connection.rest():
             self._idle.append(connection)
         self._slots.release()

@@ -69,7 +69,6 @@ class ShortPathServer(LaneServer):
             f"Content-Type: {OCTET_STREAM}\r\n"
             f"Docker-Content-Digest: {digest}\r\n"
             f'ETag: "{digest}"\r\n'
-            f"Accept-Ranges: bytes\r\n"
         ).encode("ascii")
 
     def namespace(self, registry: bytes, name: bytes, digest: Digest) -> bytes | None:
@@ -118,7 +117,7 @@ class _Connection(LaneConnection):
         namespace = server.namespace(registry, name, known.digest)
         if namespace is None:
             return False
-        sent = self.send(known, first, last, namespace)
+        sent = self.send(known, first, last, namespace + b"Accept-Ranges: bytes\r\n")
         if not sent:
             return False
         server.count_bytes(sent)

@@ -157,9 +157,7 @@ class Uploads:
         """
         if count > _MIN_UPLOAD and (self._pacer.is_limited or not self._uploads.are_left):
             return False
-        if self._pacer.is_over() or not self._pacer.admit_now(count):
-            return False
-        return True
+        return not self._pacer.is_over() and self._pacer.admit_now(count)
 
     def take_back(self, count: int) -> None:
         """What was let go was not sent, and will go the ordinary way."""

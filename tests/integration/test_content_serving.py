@@ -36,12 +36,17 @@ def root(tmp_path):
 
 
 async def until_proven(node: RunningNode, count: int) -> None:
-    """Wait until so many blobs in the content store are proven: its status page is asked."""
+    """Wait until so many blobs in the content store are proven."""
+    await until_says(node, f"p2pcache_content_blobs {float(count)}")
+
+
+async def until_says(node: RunningNode, line: str) -> None:
+    """Wait until the status page says so."""
     url = f"http://127.0.0.1:{node.node.status.port}/metrics"
     async with asyncio.timeout(20):
         while True:
             async with node.session.get(url) as response:
-                if f"\np2pcache_content_blobs {float(count)}\n" in await response.text():
+                if f"\n{line}\n" in await response.text():
                     return
 
 
@@ -62,6 +67,7 @@ async def test_clients_and_peers_read_from_the_content_store(tmp_path, root):
             async with first.session.head(first.url(f"blobs/{digest}")) as response:
                 assert response.headers["Content-Length"] == str(SIZE)
             assert first.node.store.used == 0
+            await until_says(first, "p2pcache_coordinated_regions 1.0")  # it has told itself
             async with running(tmp_path / "b", registry, peers=[first.peer_url]) as second:
                 assert await second.read(digest) == data
             assert blob_reads(registry, digest) == 0
