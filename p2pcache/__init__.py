@@ -34,8 +34,8 @@ from beyond, and the coordinators of the whole cluster tell that one from where.
                       ─► or ask again in a moment
 
 What a coordinator knows is in its memory alone, and made anew from what nodes say. Nothing waits
-for any of it without a bound: `core.bounds` has them all, and what happens then. A plain layer is
-shared in the same way, with one difference: its pieces cannot be proven one by one, so that each
+for any of it without a bound: `core.bounds` says for how long, and what happens then. A plain layer
+is shared in the same way, with one difference: its pieces cannot be proven one by one, so that each
 is taken only from the node that read it from the upstream, and none is seen before all are there
 and the layer's digest matched.
 

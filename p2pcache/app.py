@@ -32,6 +32,7 @@ from p2pcache.core.layout import Layout, LayoutKind, PieceMask
 from p2pcache.core.model import Digest
 from p2pcache.logs import set_up_logging
 from p2pcache.metrics import Metrics
+from p2pcache.mirror.active import cut_of, given_pieces
 from p2pcache.mirror.service import Mirror
 from p2pcache.pacing import Pacer
 from p2pcache.peers.connections import Connections
@@ -127,9 +128,7 @@ async def open_node(
         metrics = Metrics()
         # Two machines may have one name; by this a node knows itself among its peers.
         node_id = f"{config.node_name}/{uuid4().hex[:12]}"
-        listeners = _Listeners.on(config)
-        for listener in listeners.all:
-            resources.push_async_callback(listener.close, 1.0)
+        listeners = _Listeners.on(config, resources)
         proofs = ThreadPoolExecutor(_PROOF_THREADS, thread_name_prefix="proof")
         resources.push_async_callback(
             asyncio.to_thread, proofs.shutdown, wait=True, cancel_futures=True
@@ -188,6 +187,8 @@ async def open_node(
             uploads=uploads,
             max_uploads=config.max_uploads,
         )
+        for listener in listeners.all:  # whoever asks is done before the parts go that answer
+            resources.push_async_callback(listener.close, 1.0)
         stopping = asyncio.Event()
 
         def refresh() -> None:
@@ -250,15 +251,17 @@ class _Listeners:
     status: Listener
 
     @classmethod
-    def on(cls, config: Config) -> _Listeners:
-        """Listen everywhere. Raises `ConfigError` if an address cannot be had."""
-        clients: dict[str | None, Listener] = {None: Listener(config.mirror_listen)}
-        clients |= {host: Listener(address) for host, address in config.mirror_for.items()}
-        return cls(
-            clients,
-            Listener(_peer_address(config)),
-            Listener(config.status_listen),
-        )
+    def on(cls, config: Config, resources: AsyncExitStack) -> _Listeners:
+        """Listen everywhere; *resources* closes. Raises `ConfigError` if an address is taken."""
+
+        def listener(address: Address) -> Listener:
+            found = Listener(address)
+            resources.callback(found.release)
+            return found
+
+        clients: dict[str | None, Listener] = {None: listener(config.mirror_listen)}
+        clients |= {host: listener(address) for host, address in config.mirror_for.items()}
+        return cls(clients, listener(_peer_address(config)), listener(config.status_listen))
 
     @property
     def all(self) -> list[Listener]:
@@ -280,16 +283,14 @@ def _upstream(config: Config, metrics: Metrics, pacer: Pacer, patience: Patience
 
 
 def _holdings(store: Store) -> Iterator[tuple[Cut, PieceMask]]:
-    """Everything that the store holds, for those who coordinate it."""
+    """Everything in the store that peers may have, for those who coordinate it."""
     for stored in store.blobs():
-        layout, toc_digest, held = stored.layout, stored.toc_digest, stored.held
-        if not held:
+        given = given_pieces(stored)
+        if not given:
             continue
-        is_toc = layout.kind is LayoutKind.TOC
-        name = cut_name(layout.kind, toc_digest)
-        yield Cut(stored.digest, name, layout.count, passes_on=is_toc), held
-        if toc_digest is not None and layout.count - 1 in held:
-            yield Cut.of_tail(stored.digest, toc_digest), PieceMask.full(1)
+        yield cut_of(stored), given
+        if stored.toc_digest is not None and stored.layout.count - 1 in given:
+            yield Cut.of_tail(stored.digest, stored.toc_digest), PieceMask.full(1)
 
 
 def _announce_whole(locator: Locator, digest: Digest, size: int, is_there: bool) -> None:

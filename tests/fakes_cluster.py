@@ -287,6 +287,11 @@ class Cluster:
         members = self[0].directory.placement.coordinators(key)
         return [self.by_address[member.address] for member in members]
 
+    @property
+    def placement(self) -> Placement:
+        """The members, as the first node sees them."""
+        return self[0].directory.placement
+
     def others(self, *nodes: FakeNode) -> list[FakeNode]:
         return [node for node in self if node not in nodes]
 

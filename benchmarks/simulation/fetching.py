@@ -18,8 +18,8 @@ from benchmarks.simulation.clock import VirtualLoop
 from benchmarks.simulation.contacts import Contact
 from benchmarks.simulation.image import Burst
 from benchmarks.simulation.member import Member, PartState, Reading, Registry
-from p2pcache.core.bounds import FAIL_OPEN_S, RENEW_S, RETRY_S, STALL_S
-from p2pcache.core.errors import SourceBusy, SourceError, SourceUnavailable
+from p2pcache.core.bounds import FAIL_OPEN_S, HOLD_S, RENEW_S, RETRY_S, STALL_S
+from p2pcache.core.errors import SourceBusy, SourceError, SourceLacksBlob, SourceUnavailable
 from p2pcache.core.layout import PieceMask
 from p2pcache.ports import Lead, Neighbours, Peer, Search
 
@@ -29,8 +29,15 @@ STUCK_S: Final = 1.0
 """As in the mirror: when a source without progress is doubted, and how much later it has failed."""
 MAX_EXCUSED_S: Final = 18.0
 """Word that a silent source is alive is taken for so long."""
-MIN_ASK_S: Final = 0.02
-"""The coordinators are not asked more often than this by one fetch."""
+MIN_ASK_S: Final = 0.05
+MAX_ASK_S: Final = 1.0
+ASK_GROWTH: Final = 1.5
+"""The coordinators are not asked more often than this by one fetch, and by one to which they name
+nobody less and less often."""
+QUICK_EXCUSES: Final = 2
+"""So many times word that a source is alive is taken for `STALL_S`, then for twice as long."""
+MAX_RIVALS: Final = 3
+"""So many sources are asked for a piece at once."""
 _NEVER: Final = float("inf")
 
 
@@ -78,6 +85,7 @@ class _Attempt:
     patience_s: float
     started_at: float
     excused_until: float = 0.0
+    excuses: int = 0
 
     @property
     def doubtful_at(self) -> float:
@@ -85,9 +93,13 @@ class _Attempt:
 
     @property
     def stuck_at(self) -> float:
-        if self.contact is None or self.waits:
+        if self.contact is None:
             return _NEVER
-        return self.reading.progress_at + self.patience_s + STUCK_S
+        return self.reading.progress_at + (HOLD_S if self.waits else self.patience_s) + STUCK_S
+
+    def excuse(self, now: float) -> None:
+        self.excuses += 1
+        self.excused_until = now + STALL_S * (1 if self.excuses <= QUICK_EXCUSES else 2)
 
 
 class _Fetch:
@@ -103,6 +115,7 @@ class _Fetch:
         self._news: asyncio.Future[None] = self._loop.create_future()
         self._came_at = self._alive_at = self._told_at = self._loop.now
         self._ask_at = 0.0
+        self._pause_s = RETRY_S
 
     async def run(self) -> None:
         """Fetch, then announce what is held."""
@@ -111,6 +124,8 @@ class _Fetch:
         while left := self._wanted & ~state.held:
             self._review()
             lacking = left & ~self._covered()
+            if not self._is_at_end():
+                lacking &= ~self._crowded(left)
             if lacking and self._spares:
                 spares, self._spares = self._spares, ()
                 lacking = self._follow(spares, lacking)
@@ -160,13 +175,16 @@ class _Fetch:
         self._ask_at = self._loop.now + MIN_ASK_S
         if lacking:
             fetcher.tally.unknown += 1
-            self._ask_at = self._loop.now + max(located.retry_s, RETRY_S)
-            if (
-                self._loop.now - self._alive_at >= FAIL_OPEN_S
-                or self._loop.now - self._came_at >= MAX_EXCUSED_S
-            ):
+            self._ask_at = self._loop.now + max(located.retry_s, self._pause_s)
+            self._pause_s = min(ASK_GROWTH * self._pause_s, MAX_ASK_S)
+            if self._is_at_end():
                 fetcher.tally.unleased += lacking.bit_count()
                 self._read(None, lacking, UPSTREAM_STALL_S)
+
+    def _is_at_end(self) -> bool:
+        """Nothing came, nor a sign that it will, for too long."""
+        now = self._loop.now
+        return now - self._alive_at >= FAIL_OPEN_S or now - self._came_at >= MAX_EXCUSED_S
 
     def _excuse(self, leads: Sequence[Lead]) -> int:
         """Wait on for doubted sources that are named again; return what they are to deliver."""
@@ -174,7 +192,7 @@ class _Fetch:
         for lead in leads:
             for attempt in self._attempts:
                 if attempt.contact is lead.peer and attempt.reading.left & lead.pieces.bits:
-                    attempt.excused_until = self._loop.now + STALL_S
+                    attempt.excuse(self._loop.now)
                     self._alive_at = self._loop.now
                     excused |= attempt.reading.left & lead.pieces.bits
         return excused
@@ -222,7 +240,8 @@ class _Fetch:
         for attempt in list(self._attempts):
             if attempt.reading is reading:
                 self._let_go(attempt)
-                if error and attempt.contact:
+                waited = attempt.waits and self._loop.now > attempt.started_at + STALL_S
+                if error and attempt.contact and not (waited and _lacks(error)):
                     self._blame(attempt.contact, reading.left, error)
         self._tell()
 
@@ -260,6 +279,14 @@ class _Fetch:
                 mask |= attempt.reading.left
         return mask
 
+    def _crowded(self, pieces: int) -> int:
+        """Those of *pieces* for which no more sources are asked."""
+        rivals = [pieces] + [0] * MAX_RIVALS
+        for attempt in self._attempts:
+            for number in range(MAX_RIVALS, 0, -1):
+                rivals[number] |= rivals[number - 1] & attempt.reading.left
+        return rivals[MAX_RIVALS]
+
     def _from_upstream(self) -> int:
         mask = 0
         for attempt in self._attempts:
@@ -291,6 +318,10 @@ class _Fetch:
             self._loop.at(max(deadline, now), _wake, self._news)
             await self._news
         self._news = self._loop.create_future()
+
+
+def _lacks(error: SourceError) -> bool:
+    return isinstance(error, SourceLacksBlob)
 
 
 def _wake(news: asyncio.Future[None]) -> None:

@@ -252,7 +252,7 @@ class Member:
 
     def _give_up(self, reading: Reading) -> None:
         if not self.is_dead:
-            reading.end(SourceUnavailable(self.address, "still lacks a piece"))
+            reading.end(SourceLacksBlob(self.address, "still lacks a piece"))
 
     def _send(self, reading: Reading, piece: int) -> None:
         if reading.is_over or reading.reader.is_dead or not reading.left >> piece & 1:

@@ -1,16 +1,22 @@
-"""How long nodes wait for each other: every bound of coordination, in one place.
+"""How long nodes wait for each other to agree: the bounds of coordination, in one place.
 
 The rule: whatever fails, a read goes on. A container's read is given up by its snapshotter after
-30 s, and people notice after one. So a silent coordinator costs `CLAIM_S`, three of them in a row
-less than a second; a source from which nothing comes is doubted after `STALL_S`; and a fetch that
-got no byte, and no word of a live lease either, for `FAIL_OPEN_S` reads from the upstream without
-leave. All durations are seconds.
+30 s, and people notice after one. So a coordinator that is not known to be alive costs `CLAIM_S`,
+three of them in a row less than a second; one that answered a moment ago is believed to be busy for
+`ALIVE_CLAIM_S`, once. A source from which nothing comes is doubted after `STALL_S`; and a fetch
+that got no byte, and no word of a live lease either, for `FAIL_OPEN_S` reads from the upstream
+without leave. How patient a fetch is with sources that do answer, `p2pcache.mirror.patience` says;
+with one connection, whoever owns it. All durations are seconds.
 """
 
 from typing import Final
 
 CLAIM_S: Final = 0.3
 """A coordinator that has not answered by then is passed over for the next."""
+ALIVE_CLAIM_S: Final = 1.0
+"""One that answered within `ALIVE_S` is given so long: it is rather busy than dead, and a stand-in
+would lease what it has leased already."""
+ALIVE_S: Final = 10.0
 COORDINATORS: Final = 3
 """So many coordinators are tried; after that a node reads from the upstream without a lease."""
 

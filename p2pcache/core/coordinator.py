@@ -6,6 +6,8 @@ Pure: time is an argument, in monotonic seconds of this process; no other clock 
   mentions it, is silent for `LEASE_S`, or takes much longer than leases usually do.
 * Whoever asks for a piece that somebody has, or is getting, is sent there, and is then itself one
   to whom the next are sent: the askers form a tree. Nobody is sent to one who waits for him.
+* That holds for one scope. No circle leads through two because a claim in a larger scope tells only
+  of what is on its way on that scope's leave or from its sources, not from within a smaller one.
 * A claim says everything, so that nothing is lost with what was known here, but some requests.
 
 A waiter is sent to the member with the fewest waiters and the shortest way to the bytes, which

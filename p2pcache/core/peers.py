@@ -6,6 +6,7 @@ asked again for a time that doubles with every lie; a peer that merely failed on
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -33,6 +34,8 @@ class PeerRecord:
     deviation_s: float = _UNKNOWN_LATENCY_S / 2
     blames: int = 0
     failures: int = 0
+    answered_at: float = -math.inf
+    """When it last answered a claim."""
     shunned_until: float = 0.0
     reason: str = ""
     """Why it is shunned, for people."""

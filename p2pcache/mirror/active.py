@@ -81,17 +81,8 @@ class ActiveBlob:
 
     @property
     def given(self) -> PieceMask:
-        """The pieces that peers may have: what is proven, and what this node read itself.
-
-        Of a fixed layout nothing is proven before all is, and so nobody could say who spoiled a
-        whole whose parts had been passed on from peer to peer. Each part comes from the node that
-        read it from the upstream.
-        """
-        if self.stored is None:
-            return PieceMask(self.layout.count)
-        if self.layout.kind is LayoutKind.TOC or self.stored.is_whole:
-            return self.stored.held
-        return self.stored.pieces_in(*BY_UPSTREAM)
+        """The pieces that peers may have."""
+        return PieceMask(self.layout.count) if self.stored is None else given_pieces(self.stored)
 
     @property
     def fetching(self) -> PieceMask:
@@ -102,6 +93,25 @@ class ActiveBlob:
     def state_of(self, piece: int) -> PieceState:
         """What is on disk of *piece*."""
         return PieceState.ABSENT if self.stored is None else self.stored.state_of(piece)
+
+
+def given_pieces(stored: StoredBlob) -> PieceMask:
+    """Return the pieces that peers may have: what is proven, and what this node read itself.
+
+    Of a fixed layout nothing is proven before all is, and so nobody could say who spoiled a whole
+    whose parts had been passed on from peer to peer. Each part comes from the node that read it
+    from the upstream.
+    """
+    if stored.layout.kind is LayoutKind.TOC or stored.is_whole:
+        return stored.held
+    return stored.pieces_in(*BY_UPSTREAM)
+
+
+def cut_of(stored: StoredBlob) -> Cut:
+    """Return what other nodes must agree on to mean the same pieces."""
+    kind = stored.layout.kind
+    name = cut_name(kind, stored.toc_digest)
+    return Cut(stored.digest, name, stored.layout.count, passes_on=kind is LayoutKind.TOC)
 
 
 def usable_mask(offer: Offer, blob: ActiveBlob) -> PieceMask | None:

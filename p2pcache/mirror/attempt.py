@@ -1,9 +1,8 @@
 """One source, asked for some consecutive pieces.
 
 Hides how a stream of bytes becomes pieces, what counts as progress, and what the attempts of a
-fetch leave to be done. The rule: only bytes do,
-and only enough of them; while a piece is being proven, or a limit of this node is waited for, no
-source is late, because the delay is ours.
+fetch leave to be done. The rule: only bytes are progress, and only enough of them; while a piece is
+being proven, or a limit of this node is waited for, no source is late, because the delay is ours.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ class Fetcher:
         *ask_peers* off a new fetch goes to the upstream alone; one under way is shared whoever
         it asks, so look at the origin. One that a peer has ended is not shared then.
         """
-        missing = [p for p in pieces if not _is_shared(blob.inflight.get(p), ask_peers)]
+        missing = [p for p in pieces if not _is_shared(blob, p, ask_peers)]
         for piece in missing:
             future: asyncio.Future[PieceData] = shared_future()
             blob.inflight[piece] = future
@@ -273,8 +273,14 @@ def _tail_flaw(blob: ActiveBlob, data: bytes) -> str | None:
     return None
 
 
-def _is_shared(future: asyncio.Future[PieceData] | None, ask_peers: bool) -> bool:
-    """Say whether a fetch will do for another reader."""
-    if future is None or ask_peers or not future.done() or future.exception():
-        return future is not None
-    return future.result().origin is not Origin.PEER
+def _is_shared(blob: ActiveBlob, piece: int, ask_peers: bool) -> bool:
+    """Say whether there is a fetch of the piece that will do for another reader."""
+    future = blob.inflight.get(piece)
+    if future is None:
+        return False
+    if not future.done() or future.exception():
+        return True
+    result = future.result()
+    if result.data is None and blob.state_of(piece) is PieceState.ABSENT:
+        return False  # it was stored, and has been dropped since
+    return ask_peers or result.origin is not Origin.PEER

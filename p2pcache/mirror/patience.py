@@ -19,7 +19,7 @@ PATIENCE_S: Final = 12.0
 SHORT_PATIENCE_S: Final = 1.0
 # Word that a silent source is alive is taken for so long, and not longer: then leave is not waited
 # for any more.
-MAX_EXCUSED_S: Final = 18.0
+MAX_EXCUSED_S: Final = 14.0
 # Once trust was lost, it is lost twice as soon the next time, unless others deliver after all.
 _LEAST_TRUST: Final = 1 / 8
 # The upstream rests for so long after a failure.

@@ -24,7 +24,6 @@ from p2pcache.core.errors import (
     StoreError,
 )
 from p2pcache.core.layout import LayoutKind, PieceMask, PieceState
-from p2pcache.core.pacing import Priority
 from p2pcache.core.ranges import ByteRange
 from p2pcache.metrics import Metrics
 from p2pcache.mirror.active import (
@@ -106,8 +105,9 @@ class Reader:
             ahead.asked |= self._fetcher.start(blob, first_absent(blob, wanted, AHEAD_BYTES))
         for part in parts:
             ahead.until = 0
-            async for segment in self._read_part(blob, part, chunks_suffice, ahead):
-                yield segment
+            async with aclosing(self._read_part(blob, part, chunks_suffice, ahead)) as segments:
+                async for segment in segments:
+                    yield segment
 
     def _has_doubtful(self, blob: ActiveBlob) -> bool:
         """Say whether there are pieces that only the whole can prove."""
@@ -174,11 +174,7 @@ class Reader:
         until = blob.layout.covering(ByteRange(starts[first], horizon)).stop
         candidates = range(max(first, ahead.until), until)
         wanted = [p for p in candidates if blob.state_of(p) is PieceState.ABSENT]
-        # What the reader waits for now goes before what it will want in a while.
-        priority = Priority.AHEAD if ahead.until > first else Priority.DEMAND
-        ahead.asked |= self._fetcher.start(
-            blob, wanted, ask_peers=ahead.asks_peers, priority=priority
-        )
+        ahead.asked |= self._fetcher.start(blob, wanted, ask_peers=ahead.asks_peers)
         ahead.until = until
 
     async def _read_present(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, nullcontext, suppress
+from contextlib import aclosing, asynccontextmanager, nullcontext, suppress
 
 from p2pcache.core.bounds import HOLD_S
 from p2pcache.core.errors import BlobUnavailable, SourceError, SourceLacksBlob, StoreError
@@ -13,7 +13,7 @@ from p2pcache.core.layout import LayoutKind
 from p2pcache.core.model import BlobFacts, Digest, Manifest, Repository
 from p2pcache.core.ranges import ByteRange
 from p2pcache.metrics import Metrics
-from p2pcache.mirror.active import ActiveBlob, Origin, TocUnusable
+from p2pcache.mirror.active import ActiveBlob, Origin, TocUnusable, cut_of, given_pieces
 from p2pcache.mirror.fetching import Fetcher
 from p2pcache.mirror.gathering import Gatherer
 from p2pcache.mirror.manifests import Manifests
@@ -54,10 +54,6 @@ class Mirror:
     def facts(self, digest: Digest) -> BlobFacts | None:
         """What manifests said of a blob."""
         return self._memory.facts(digest)
-
-    def held(self, digest: Digest) -> StoredBlob | None:
-        """What the store has of a blob: for the short way to held bytes."""
-        return self._store.find(digest)
 
     async def size_of(self, digest: Digest, repository: Repository | None) -> int:
         """Return the size of a blob that can be served. Raises `BlobUnavailable`."""
@@ -100,7 +96,10 @@ class Mirror:
     def will_give(self, digest: Digest, cut: str, pieces: range) -> bool:
         """Say whether this node has or is fetching all of these consecutive pieces."""
         blob = self._opener.find(digest)
-        if blob is None or blob.cut.name != cut or pieces.stop > blob.layout.count:
+        if blob is None or blob.cut.name != cut:
+            stored = self._stored(digest, cut)
+            return stored is not None and given_pieces(stored).covers(pieces)
+        if pieces.stop > blob.layout.count:
             return False
         given = blob.given
         return all(piece in given or piece in blob.inflight for piece in pieces)
@@ -108,10 +107,10 @@ class Mirror:
     async def piece(self, digest: Digest, cut: str, piece: int) -> bytes | None:
         """Return a piece once it is here and may be given on; None if that does not happen soon."""
         blob = self._opener.find(digest)
-        if blob is None or blob.cut.name != cut:
-            return None
-        fetch = blob.inflight.get(piece)
-        if fetch is not None and piece not in blob.given:
+        if blob is not None and blob.cut.name == cut and piece not in blob.given:
+            fetch = blob.inflight.get(piece)
+            if fetch is None:
+                return None
             try:
                 async with asyncio.timeout(HOLD_S):
                     result = await asyncio.shield(fetch)
@@ -120,11 +119,17 @@ class Mirror:
             if result.data is not None:
                 is_proven = blob.layout.kind is LayoutKind.TOC
                 return result.data if is_proven or result.origin is Origin.UPSTREAM else None
-        if blob.stored is None or piece not in blob.given:
+        stored = self._stored(digest, cut)
+        if stored is None or piece not in given_pieces(stored):
             return None
         with suppress(StoreError):
-            return await blob.stored.read(blob.layout.range_of(piece), staged=True)
+            return await stored.read(stored.layout.range_of(piece), staged=True)
         return None
+
+    def _stored(self, digest: Digest, cut: str) -> StoredBlob | None:
+        """What the store has of a blob that is cut so, whether it is being read now or not."""
+        stored = self._store.find(digest)
+        return stored if stored is not None and cut_of(stored).name == cut else None
 
     async def tail(self, digest: Digest, toc_digest: Digest) -> bytes | None:
         """Return the table of contents with what follows it, waiting for it if need be."""
@@ -194,17 +199,19 @@ class OpenBlob:
         """Yield the bytes of *parts* in order; see `Reader.read`. Raises `BlobUnavailable`."""
         served = 0
         try:
-            async for segment in self._reader.read(self._blob, parts, exact=exact):
-                served += len(segment.data)
-                yield segment
+            async with aclosing(self._reader.read(self._blob, parts, exact=exact)) as segments:
+                async for segment in segments:
+                    served += len(segment.data)
+                    yield segment
             return
         except TocUnusable:
             self._opener.forsake_toc(self._blob)
         # What was served is right whatever the table of contents says: go on where that ended.
         rest = _after(parts, served)
         self._blob = await self._opener.open(self._blob.digest, self._blob.repository)
-        async for segment in self._reader.read(self._blob, rest, exact=exact):
-            yield segment
+        async with aclosing(self._reader.read(self._blob, rest, exact=exact)) as segments:
+            async for segment in segments:
+                yield segment
 
 
 def _after(parts: Sequence[ByteRange], served: int) -> list[ByteRange]:

@@ -1,10 +1,16 @@
 """What this node has to tell the coordinators, and what it has told them.
 
 Hides when news are due. The rules: only what a coordinator does not know yet is told, except that
-leases are renewed for as long as the mirror says that bytes flow; what is held is told again now
-and then, and soon to a coordinator that has forgotten, or has become one; what a grant allows
-counts as being fetched for a moment, until the mirror has had the time to say so itself; and the
-memory of all this is bounded.
+leases are renewed for as long as the mirror says that bytes flow; what came on a lease is told at
+once, what came from peers when there is time for it; what is held is told again now and then, and
+soon to a coordinator that has forgotten, or has become one; what a grant allows counts as being
+fetched for a moment, until the mirror has had the time to say so itself; and the memory of all this
+is bounded.
+
+The coordinators of a group, of a zone and of the whole cluster each see to it that nobody waits for
+one who waits for him, but only as far as they know. So those of a larger scope are told of nothing
+that is on its way from within a smaller one: the member to whom they send somebody waits for nobody
+there, and no circle can lead through two scopes.
 """
 
 from __future__ import annotations
@@ -23,7 +29,7 @@ from p2pcache.core.bounds import ANNOUNCE_S, FETCHING_S, REANNOUNCE_S, RENEW_S
 from p2pcache.core.claims import REGION_PIECES, Claim, Cut, Grant, RegionKey
 from p2pcache.core.layout import PieceMask
 from p2pcache.core.model import Digest
-from p2pcache.peers.directory import Directory, own_scope
+from p2pcache.peers.directory import Directory, own_scopes
 from p2pcache.peers.posting import State
 
 Send = Callable[[RegionKey], asyncio.Future[Grant | None]]
@@ -48,6 +54,9 @@ _FORGETFUL_S: Final = 2.0
 # grows with their number, this is one message of someone every few milliseconds.
 _SPREAD_PER_MEMBER_S: Final = 0.003
 _MAX_SPREAD_S: Final = 30.0
+# News of what came from peers are spread in the same way, as long as the coordinator still believes
+# that it is on its way.
+_MAX_PUT_OFF_S: Final = 1.0
 
 
 @dataclass(slots=True)
@@ -76,6 +85,17 @@ class _Ledger:
 
 
 @dataclass(slots=True)
+class _Far:
+    """What concerns the coordinators of a larger scope."""
+
+    claimed: set[int] = field(default_factory=set)
+    """The regions that were claimed there, and so are announced there."""
+    pieces: int = 0
+    """What they, or those of a still larger scope, gave leave or sources for, and those of a
+    smaller one have not since."""
+
+
+@dataclass(slots=True)
 class _Known:
     """What this node has of one cut of a blob."""
 
@@ -84,8 +104,8 @@ class _Known:
     fetching: int = 0
     sourced: int = 0
     """Of what is being fetched, what a peer was named for: no lease is needed for it."""
-    cluster: set[int] = field(default_factory=set)
-    """The regions that were claimed from the whole cluster, beyond the own zone."""
+    far: dict[str, _Far] = field(default_factory=dict)
+    """By scope, of those beyond the smallest one."""
 
     @property
     def weight(self) -> int:
@@ -105,11 +125,13 @@ class Announcer:
         self._ledgers: dict[str, _Ledger] = {}
         self._granted: dict[RegionKey, tuple[int, float]] = {}
         self._due: dict[RegionKey, float] = {}
+        self._put_off: dict[RegionKey, float] = {}
+        """When news that nobody waits for are told."""
         self._has_room = asyncio.Event()
         self._wake = asyncio.Event()
         self._wakes_at = 0.0
         self._seen_change = directory.changed_at
-        self._scope = own_scope(directory)
+        self._scopes = own_scopes(directory)
 
     # What the mirror says.
 
@@ -130,13 +152,13 @@ class Announcer:
         for index, (is_touched, in_held, in_fetching) in enumerate(regions):
             if is_touched:
                 for key in self._keys(known, index):
-                    due = self._due_at(key, in_held, in_fetching, now)
+                    due = self._due_at(key, in_held, in_fetching & self._told_to(key, known), now)
                     if due is not None:
                         self._schedule(key, due)
 
-    def note_cluster_claim(self, cut: Cut, index: int) -> None:
-        """The region is claimed beyond the zone, so that it is announced there from now on."""
-        self._open(cut).cluster.add(index)
+    def note_far_claim(self, cut: Cut, index: int, scope: str) -> None:
+        """The region is claimed in a larger scope, so that it is announced there from now on."""
+        self._open(cut).far.setdefault(scope, _Far()).claimed.add(index)
 
     def note_sources(self, cut: Cut, index: int, wanted: int, sourced: int) -> None:
         """Peers were named for *sourced*, out of the *wanted* pieces of a region."""
@@ -171,24 +193,31 @@ class Announcer:
         known = self._known.pop(name)
         self._weight -= known.weight
         for index in range(known.weight):
-            for scope in {"", self._scope}:
+            for scope in self._scopes:
                 key = RegionKey(*name, index, scope)
                 self._due.pop(key, None)
+                self._put_off.pop(key, None)
                 self._granted.pop(key, None)
                 self._untell(key)
 
     def _keys(self, known: _Known, index: int) -> Iterator[RegionKey]:
-        if self._scope:
-            yield RegionKey(known.cut.digest, known.cut.name, index, self._scope)
-        if not self._scope or index in known.cluster:
-            yield RegionKey(known.cut.digest, known.cut.name, index)
+        for number, scope in enumerate(self._scopes):
+            if not number or ((far := known.far.get(scope)) and index in far.claimed):
+                yield RegionKey(known.cut.digest, known.cut.name, index, scope)
+
+    def _told_to(self, key: RegionKey, known: _Known) -> int:
+        """What is being fetched of a region may be told to these coordinators: this part of it."""
+        if key.scope == self._scopes[0]:
+            return _REGION
+        far = known.far.get(key.scope)
+        return far.pieces >> key.index * REGION_PIECES & _REGION if far else 0
 
     # When it is due.
 
     def _due_at(self, key: RegionKey, held: int, fetching: int, now: float) -> float | None:
         told = self._told.get(key)
         if told is None:
-            return now + ANNOUNCE_S if held or fetching else None
+            return self._news_at(key, held | fetching, now) if held or fetching else None
         if told.is_forgotten:
             return now + ANNOUNCE_S
         if (held, fetching) == (told.held, told.fetching):
@@ -199,11 +228,41 @@ class Announcer:
             # Askers are sent here for what is on its way as for what is held: each piece of a
             # region that arrives is no news in itself, but would be one more message of each node.
             return max(now + ANNOUNCE_S, told.at + self._renew_s(key, told.fetching))
-        return now + ANNOUNCE_S
+        if told.held & ~held or told.fetching & ~(held | fetching):
+            return now + ANNOUNCE_S
+        news = held & ~told.held | fetching & ~(told.held | told.fetching)
+        return self._news_at(key, news, now)
+
+    def _news_at(self, key: RegionKey, news: int, now: float) -> float:
+        """When *news* are due: at once, but for what comes from peers.
+
+        Then the coordinator knows already that it is on its way, and nobody waits for the news. All
+        get it at about the same moment, and what is told a little later goes with the next claim.
+        """
+        if self._leased(key, news):
+            return now + ANNOUNCE_S
+        if key not in self._put_off:
+            members = len(self._directory.placement.members)
+            spread_s = min(_MAX_PUT_OFF_S, members * _SPREAD_PER_MEMBER_S)
+            self._put_off[key] = now + max(ANNOUNCE_S, self._rng.uniform(0.0, spread_s))
+        return self._put_off[key]
+
+    def _leased(self, key: RegionKey, pieces: int) -> int:
+        """Those of *pieces* that this node got, or gets, on a lease of these coordinators."""
+        known = self._known[key.digest, key.cut]
+        sourced = known.sourced
+        # What comes from beyond a scope comes on a lease of its coordinators.
+        for scope in self._beyond(key.scope)[:1]:
+            if far := known.far.get(scope):
+                sourced &= ~far.pieces
+        return pieces & ~(sourced >> key.index * REGION_PIECES)
+
+    def _beyond(self, scope: str) -> tuple[str, ...]:
+        """The scopes larger than *scope*."""
+        return self._scopes[self._scopes.index(scope) + 1 :] if scope in self._scopes else ()
 
     def _renew_s(self, key: RegionKey, fetching: int) -> float:
-        known = self._known[key.digest, key.cut]
-        return RENEW_S if fetching & ~(known.sourced >> key.index * REGION_PIECES) else _REMIND_S
+        return RENEW_S if self._leased(key, fetching) else _REMIND_S
 
     def _schedule(self, key: RegionKey, due: float) -> None:
         self._due[key] = due = min(due, self._due.get(key, due))
@@ -237,9 +296,11 @@ class Announcer:
             # A claim may have told it meanwhile.
             state = self.state(key)
             due = self._due_at(key, state.held, state.fetching, now)
-            if due is not None and due > now + ANNOUNCE_S:
+            if due is None:
+                self._put_off.pop(key, None)
+            elif due > now + ANNOUNCE_S:
                 self._schedule(key, due)
-            elif due is not None:
+            else:
                 send(key).add_done_callback(partial(self._note_sent, key))
         if len(self._due) < _MAX_BURST:
             self._has_room.set()
@@ -260,9 +321,9 @@ class Announcer:
         """Look who has become a coordinator, and who is to be told again."""
         if self._seen_change != self._directory.changed_at:
             self._seen_change = self._directory.changed_at
-            scope = own_scope(self._directory)
-            if scope != self._scope:
-                self._start_over(scope)
+            scopes = own_scopes(self._directory)
+            if scopes != self._scopes:
+                self._start_over(scopes)
             for number, (key, told) in enumerate(list(self._told.items())):
                 coordinators = self._directory.placement.coordinators(key)
                 if not coordinators or coordinators[0].address != told.address:
@@ -277,14 +338,18 @@ class Announcer:
                 for key in ledger.keys:
                     self._tell_again(key, now)
 
-    def _start_over(self, scope: str) -> None:
-        """The cluster has got zones, or has none any more: other coordinators are told now."""
-        self._scope = scope
+    def _start_over(self, scopes: tuple[str, ...]) -> None:
+        """The cluster is divided in another way: other coordinators are told now."""
+        self._scopes = scopes
         self._told.clear()
         self._ledgers.clear()
         self._granted.clear()
         self._due.clear()
+        self._put_off.clear()
         for known in list(self._known.values()):
+            known.far = {
+                scope: _Far(far.claimed) for scope, far in known.far.items() if scope in scopes
+            }
             for index, mask in enumerate(region_masks(known.cut.count, known.held)):
                 if mask:
                     for key in self._keys(known, index):
@@ -312,7 +377,7 @@ class Announcer:
             return State(0, 0, passes_on=True)
         shift = key.index * REGION_PIECES
         held = (known.held >> shift) & _REGION
-        fetching = (known.fetching >> shift) & _REGION
+        fetching = (known.fetching >> shift) & self._told_to(key, known)
         granted = self._granted.get(key)
         if granted is not None:
             if granted[1] > _now():
@@ -326,8 +391,9 @@ class Announcer:
     ) -> None:
         """Remember what *address* was told, and what it allows."""
         key, now = claim.key, _now()
+        self._put_off.pop(key, None)
         known = self._known.get((key.digest, key.cut))
-        if known is not None and key.scope in ("", self._scope):
+        if known is not None and key.scope in self._scopes:
             sourced = 0
             for source in grant.sources:
                 sourced |= source.mask
@@ -336,6 +402,7 @@ class Announcer:
             self.note_sources(known.cut, key.index, claim.wanted, sourced)
             shift = key.index * REGION_PIECES
             known.fetching = known.fetching & ~(claim.wanted << shift) | (allowed << shift)
+            self._note_way(known, key, claim.wanted, sourced, allowed)
             earlier, _ = self._granted.pop(key, (0, 0.0))
             if granted := earlier & ~claim.wanted | allowed:
                 self._granted[key] = (granted, now + _GRACE_S)
@@ -349,8 +416,26 @@ class Announcer:
                     self._schedule(key, now + _ASTRAY_S)
         self._note_incarnation(address, incarnation, now)
 
+    def _note_way(
+        self, known: _Known, key: RegionKey, wanted: int, sourced: int, allowed: int
+    ) -> None:
+        """Coordinators said from where to fetch what is *wanted*: from within their scope."""
+        shift, number = key.index * REGION_PIECES, self._scopes.index(key.scope)
+        for scope in self._scopes[1 : number + 1]:
+            far = known.far.setdefault(scope, _Far())
+            far.pieces = far.pieces & ~(wanted << shift) | (allowed << shift)
+        for scope in self._scopes[number + 1 :]:
+            larger_far = known.far.get(scope)
+            if larger_far and larger_far.pieces & (sourced << shift):
+                larger_far.pieces &= ~(sourced << shift)
+                larger = RegionKey(key.digest, key.cut, key.index, scope)
+                if granted := self._granted.get(larger):
+                    self._granted[larger] = (granted[0] & ~sourced, granted[1])
+                if larger in self._told:
+                    self._schedule(larger, _now() + ANNOUNCE_S)
+
     def _is_known(self, key: RegionKey) -> bool:
-        return (key.digest, key.cut) in self._known and key.scope in ("", self._scope)
+        return (key.digest, key.cut) in self._known and key.scope in self._scopes
 
     def _untell(self, key: RegionKey) -> None:
         told = self._told.pop(key, None)

@@ -33,10 +33,14 @@ from p2pcache.core.layout import LayoutKind
 from p2pcache.core.model import Digest
 from p2pcache.core.wire import Holding
 from p2pcache.metrics import Metrics
-from p2pcache.peers.directory import Contact, Directory, some_peers
+from p2pcache.peers.directory import MAX_ASKED, Contact, Directory, some_peers
 from p2pcache.peers.forwarding import Forwarding
 from p2pcache.tasks import shared_future
 
+# If few answered it is asked anew much sooner.
+_POOR_S: Final = 0.5
+# How often a look is taken at whom this node can reach.
+_LOOK_S: Final = 0.1
 # What was heard is used for the other regions of the blob for so long; then it is asked anew.
 _FRESH_S: Final = 10.0
 _MAX_HEARD: Final = 64
@@ -77,6 +81,16 @@ class _Heard:
 
     holdings: dict[str, Holding]
     at: float
+    is_poor: bool
+    """Half of the members, or more, did not answer: perhaps it was this node that was cut off."""
+
+    def is_fresh(self, now: float) -> bool:
+        """Say whether it need not be asked again."""
+        return now < self.at + (_POOR_S if self.is_poor else _FRESH_S)
+
+    def is_outdated(self, now: float, cut_off_at: float) -> bool:
+        """Say whether others may have gone on without this node since."""
+        return now >= self.at + _POOR_S and (self.is_poor or self.at <= cut_off_at)
 
     @property
     def size(self) -> int:
@@ -105,6 +119,9 @@ class Coordination:
         self._placement = directory.placement
         self._asking: dict[tuple[Digest, str], asyncio.Future[None]] = {}
         self._heard: OrderedDict[tuple[Digest, str], _Heard] = OrderedDict()
+        self._cut_off_at = float("-inf")
+        """When a third of the others was last out of reach: they did without this node then."""
+        self._look_at = 0.0
         self._taken_over: OrderedDict[RegionKey, float] = OrderedDict()
 
     async def handle(self, message: Claims) -> Grants:
@@ -113,8 +130,8 @@ class Coordination:
         others = await self._forwarding.grants(message)
         own = [claim for number, claim in enumerate(message.claims) if number not in others]
         unknown = [claim.key for claim in own if self._is_unknown(claim, message.rank)]
+        self._take_over(own, message.rank)
         if unknown:
-            self._take_over(own, set(unknown))
             await self._learn(unknown, message)
         now = asyncio.get_running_loop().time()
         grants = [
@@ -137,6 +154,13 @@ class Coordination:
         """Tells those who announce to this node that it has forgotten what they said before."""
 
     def _note_members(self) -> None:
+        now = asyncio.get_running_loop().time()
+        if now >= self._look_at:
+            self._look_at = now + _LOOK_S
+            others = len(self._directory.placement.members) - 1
+            # Only those that it had to do with are known to be out of reach.
+            if others > 0 and 3 * len(self._directory.usable()) <= 2 * others:
+                self._cut_off_at = now
         if self._placement is self._directory.placement:
             return
         earlier, self._placement = self._placement, self._directory.placement
@@ -151,20 +175,28 @@ class Coordination:
             return False
         now = asyncio.get_running_loop().time()
         is_young = now < self._started_at + SETTLE_S
-        if not is_young and rank == 0 and now >= self._directory.changed_at + SETTLE_S:
+        changed_at = max(self._directory.changed_at, self._cut_off_at)
+        if not is_young and rank == 0 and now >= changed_at + SETTLE_S:
             return False
         if self._knowledge.is_cold(claim.key):
             return True
-        # After a start the first news of a region may be of one member out of many.
-        return is_young and (claim.key.digest, claim.key.scope) not in self._heard
+        heard = self._heard.get((claim.key.digest, claim.key.scope))
+        if heard is None:
+            # After a start the first news of a region may be of one member out of many.
+            return is_young or now < self._cut_off_at + SETTLE_S
+        return heard.is_outdated(now, self._cut_off_at)
 
-    def _take_over(self, claims: list[Claim], unknown: set[RegionKey]) -> None:
+    def _take_over(self, claims: list[Claim], rank: int) -> None:
         """Note which regions are in full swing, and were coordinated elsewhere until now."""
-        until = asyncio.get_running_loop().time() + TAKE_OVER_S
+        now = asyncio.get_running_loop().time()
+        until = now + TAKE_OVER_S
+        if rank == 0 and now >= max(self._started_at, self._directory.changed_at) + SETTLE_S:
+            return
         for claim in claims:
             key = claim.key
-            is_begun = bool(claim.held | claim.fetching)
-            if is_begun and key in unknown and self._knowledge.is_cold(key):
+            # What may be passed on is told to who asks around.
+            is_begun = bool(claim.fetching or (claim.held and not claim.passes_on))
+            if is_begun and self._knowledge.is_cold(key):
                 self._taken_over.setdefault(key, until)
         while len(self._taken_over) > _MAX_TAKEN_OVER:
             self._taken_over.popitem(last=False)
@@ -206,13 +238,14 @@ class Coordination:
         """See to it that the members are asked; return what to wait for, if anything."""
         question = digest, scope
         heard = self._heard.get(question)
-        if heard is not None and asyncio.get_running_loop().time() < heard.at + _FRESH_S:
+        now = asyncio.get_running_loop().time()
+        if heard and heard.is_fresh(now) and not heard.is_outdated(now, self._cut_off_at):
             return None
         asking = self._asking.get(question)
         if asking is None:
             if len(self._asking) >= _MAX_ASKING:
                 return None
-            peers = some_peers(self._directory, str(digest), zone=scope)
+            peers = some_peers(self._directory, str(digest), scope=scope)
             peers = [peer for peer in peers if peer.address not in left_out]
             asking = self._asking[question] = shared_future()
             self._tasks.create_task(self._ask_around(question, peers, asking))
@@ -223,14 +256,19 @@ class Coordination:
     ) -> None:
         now = asyncio.get_running_loop().time()
         holdings: dict[str, Holding] = {}
+        answered: list[Contact] = []
+        members = self._directory.placement.members
+        scope = question[1]
+        others = sum(not scope or member.zone == scope for member in members) - 1
         try:
             async with asyncio.TaskGroup() as questions:
                 for peer in peers:
                     questions.create_task(
-                        self._ask_one(peer, question[0], holdings, now + ASK_AROUND_S)
+                        self._ask_one(peer, question[0], holdings, answered, now + ASK_AROUND_S)
                     )
         finally:
-            self._heard[question] = _Heard(holdings, now)
+            is_poor = 2 * len(answered) <= min(others, MAX_ASKED)
+            self._heard[question] = _Heard(holdings, now, is_poor and others > 0)
             self._heard.move_to_end(question)
             while len(self._heard) > 1 and self._is_too_much():
                 self._heard.popitem(last=False)
@@ -245,7 +283,12 @@ class Coordination:
         )
 
     async def _ask_one(
-        self, peer: Contact, digest: Digest, holdings: dict[str, Holding], deadline: float
+        self,
+        peer: Contact,
+        digest: Digest,
+        holdings: dict[str, Holding],
+        answered: list[Contact],
+        deadline: float,
     ) -> None:
         try:
             async with asyncio.timeout_at(deadline):
@@ -256,6 +299,7 @@ class Coordination:
         except SourceError as error:
             self._directory.note(peer, error)
         else:
+            answered.append(peer)
             if holding is not None:
                 holdings[peer.address] = holding
 

@@ -8,7 +8,6 @@ with the list that it has now, knowing that others may have another one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from collections.abc import Set as AbstractSet
 from heapq import nsmallest
 from typing import Final, Protocol
 
@@ -44,9 +43,12 @@ class Placement(Protocol):
     def members(self) -> Sequence[Member]:
         """All of them, this node too."""
 
-    @property
-    def zones(self) -> AbstractSet[str]:
-        """Their zones, without ""."""
+    def scopes(self, address: str, zone: str) -> tuple[str, ...]:
+        """Return where the member at *address*, in *zone*, claims: first the smallest scope, at
+        last "", the whole cluster."""
+
+    def within(self, scope: str) -> Sequence[Member]:
+        """Return the members of a scope."""
 
     def coordinators(self, key: RegionKey) -> Sequence[Member]:
         """Who coordinates a region: the first, and who stands in for it, in order."""
@@ -110,24 +112,22 @@ def has_others(directory: Directory) -> bool:
     return len(members) > 1 or any(m.address != directory.own_address for m in members)
 
 
-def own_scope(directory: Directory) -> str:
-    """Return the zone in which this node claims first; "" if the cluster is one zone to it."""
-    zones = directory.placement.zones
-    return directory.own_zone if len(zones) > 1 and directory.own_zone in zones else ""
+def own_scopes(directory: Directory) -> tuple[str, ...]:
+    """Return the scopes in which this node claims, the smallest first; the last one is ""."""
+    return directory.placement.scopes(directory.own_address, directory.own_zone)
 
 
-def some_peers(directory: Directory, question: str, *, zone: str = "") -> list[Contact]:
-    """Return whom to ask *question*: few enough, of this node's zone first, or of *zone* alone.
+def some_peers(directory: Directory, question: str, *, scope: str = "") -> list[Contact]:
+    """Return whom to ask *question*: few enough, of this node's zone first, or of *scope* alone.
 
     Where there are too many the choice is random, but the same each time: what one of them has
     said need not be asked again.
     """
     peers = directory.usable()
-    if len(peers) <= MAX_ASKED and not zone:
+    if len(peers) <= MAX_ASKED and not scope:
         return list(peers)
-    zones = {member.address: member.zone for member in directory.placement.members}
-    if zone:
-        peers = [peer for peer in peers if zones.get(peer.address) == zone]
+    zones = {member.address: member.zone for member in directory.placement.within(scope)}
+    peers = [peer for peer in peers if peer.address in zones]
     salt = f"{directory.own_address} {question} "
 
     def rank(peer: Contact) -> tuple[bool, int]:

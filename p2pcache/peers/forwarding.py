@@ -2,9 +2,9 @@
 
 Who lacks a member in its list claims from the second best. If that one answered, two coordinators
 would grant leases for one region, and the upstream be read twice. So it passes the claim on to the
-member that it takes for the first coordinator itself. The rules: a claim is passed on once, for the
-one to whom it is passed on hears that by the rank; one that is silent costs no more than
-`FORWARD_S`, and is then stood in for.
+member that stands, in its own list, where the claimant takes this node to stand. The rules: a claim
+that was passed on says so by a higher rank, so that it is passed on to a few at most, and never in
+circles; one that is silent costs no more than `FORWARD_S`, and is then stood in for.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Final
 
 from p2pcache.core.bounds import CLAIM_S
-from p2pcache.core.claims import Claim, Claims, Grant, RegionKey
+from p2pcache.core.claims import Claims, Grant, RegionKey
 from p2pcache.core.errors import SourceError
 from p2pcache.peers.directory import Contact, Directory
 
@@ -32,52 +32,47 @@ class Forwarding:
         self._directory = directory
         self._forget = forget
         self._answering: dict[str, str] = {}
-        """By the first coordinator's address: its incarnation, or "" if this node stands in."""
+        """By the other coordinator's address: its incarnation, or "" if this node stands in."""
 
     async def grants(self, message: Claims) -> dict[int, Grant]:
         """Return the grants of others, by their number in *message*: soon, perhaps none."""
-        if message.rank:
-            return {}
         numbers: dict[str, list[int]] = {}
         for number, claim in enumerate(message.claims):
-            first = self._first(claim.key)
-            if first is not None:
-                numbers.setdefault(first, []).append(number)
+            meant = self._meant(claim.key, message.rank)
+            if meant is not None:
+                numbers.setdefault(meant, []).append(number)
         found: dict[int, Grant] = {}
         if numbers:
             async with asyncio.TaskGroup() as tasks:
                 for address, theirs in numbers.items():
                     claims = [message.claims[number] for number in theirs]
-                    tasks.create_task(self._pass_on(message.sender, address, theirs, claims, found))
+                    passed = Claims(message.sender, claims, message.rank + 1)
+                    tasks.create_task(self._pass_on(address, passed, theirs, found))
         return found
 
-    def _first(self, key: RegionKey) -> str | None:
-        """The one who should answer, if it is another one."""
+    def _meant(self, key: RegionKey, rank: int) -> str | None:
+        """The one who stands before this node, and was not passed over by the claimant."""
         coordinators = self._directory.placement.coordinators(key)
-        if not coordinators or coordinators[0].address == self._directory.own_address:
+        before = [member.address for member in coordinators[: rank + 1]]
+        if len(before) <= rank or self._directory.own_address in before:
             return None
-        return coordinators[0].address
+        return before[rank]
 
     async def _pass_on(
-        self,
-        sender: str,
-        address: str,
-        numbers: list[int],
-        claims: list[Claim],
-        found: dict[int, Grant],
+        self, address: str, message: Claims, numbers: list[int], found: dict[int, Grant]
     ) -> None:
         peer = self._directory.peer(address)
         # Its claimant does without it, too, if it is the sender: it is restarting, say.
-        if peer is None or address == sender or not _is_usable(peer):
+        if peer is None or address == message.sender or not _is_usable(peer):
             self._note(address, "")
             return
         try:
-            answer = await peer.claim(Claims(sender, claims, rank=1), FORWARD_S)
+            answer = await peer.claim(message, FORWARD_S)
         except SourceError as error:
             self._directory.note(peer, error)
             self._note(address, "")
             return
-        if len(answer.grants) == len(claims):
+        if len(answer.grants) == len(numbers):
             found.update(zip(numbers, answer.grants, strict=True))
             self._note(address, answer.incarnation)
 

@@ -2,8 +2,8 @@
 
 Hides claims, zones and members that are not what a coordinator believes. The rules: looking never
 fails and soon ends; without other members, or without any coordinator that answers, the upstream is
-free; one node of a zone reads a piece from beyond the zone, as far as its coordinators can tell; a
-member that lied is not used, and whoever names it is told.
+free; one node of a group, and one of a zone, reads a piece from beyond it, as far as coordinators
+can tell; a member that lied is not used, and whoever names it is told.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from p2pcache.core.wire import TagNews
 from p2pcache.metrics import Metrics
 from p2pcache.peers.announcing import Announcer
 from p2pcache.peers.asking import Asking
-from p2pcache.peers.directory import Contact, Directory, has_others, own_scope
+from p2pcache.peers.directory import Contact, Directory, has_others, own_scopes
 from p2pcache.peers.posting import Complaints, Posting, Question
 from p2pcache.ports import Lead, Located, Offer, Peer, Search
 
@@ -97,20 +97,23 @@ class Locator:
             return Located((), search.wanted, 0.0)
         cut, found = search.cut, _Found()
         self._announcer.note(cut, search.held, search.fetching)
-        scope = own_scope(self._directory)
         wants: dict[int, int] = {}
         for index in cut.regions(search.wanted):
             wanted = region_mask(search.wanted, index)
             if not self._remember(search, index, wanted, found):
                 wants[index] = wanted
-        free, leased = await self._claim(search, scope, wants, search.lease_limit, found)
-        if scope and (free or leased):
-            # The zone's leave is to fetch it from beyond: the whole cluster's coordinators say
-            # from where. If the zone has none that answers, they are asked in their place.
-            wants = {i: free.get(i, 0) | leased.get(i, 0) for i in sorted({*free, *leased})}
-            for index in wants:
-                self._announcer.note_cluster_claim(cut, index)
-            free, leased = await self._claim(search, "", wants, search.lease_limit, found)
+        free: dict[int, int] = {}
+        leased: dict[int, int] = {}
+        for number, scope in enumerate(own_scopes(self._directory)):
+            if number:
+                # The leave of a scope is to fetch it from beyond: the coordinators of the next one
+                # say from where. If there is none that answers, they are asked in its place.
+                wants = {i: free.get(i, 0) | leased.get(i, 0) for i in sorted({*free, *leased})}
+                for index in wants:
+                    self._announcer.note_far_claim(cut, index, scope)
+            free, leased = await self._claim(search, scope, wants, search.lease_limit, found)
+        # Without leave, no more than with it: a coordinator may be there again in a moment.
+        free = _first(free, max(1, search.lease_limit) - _count(leased))
         self._metrics.unleased_pieces.inc(_count(free))
         upstream = PieceMask(cut.count)
         for index, mask in (*free.items(), *leased.items()):
@@ -339,6 +342,19 @@ def _union(masks: Iterable[int]) -> int:
 
 def _count(masks: Mapping[int, int]) -> int:
     return sum(mask.bit_count() for mask in masks.values())
+
+
+def _first(masks: Mapping[int, int], count: int) -> dict[int, int]:
+    """The first *count* pieces of some regions."""
+    first: dict[int, int] = {}
+    for index, mask in masks.items():
+        kept = mask
+        while kept.bit_count() > max(0, count):
+            kept ^= 1 << kept.bit_length() - 1
+        if kept:
+            first[index] = kept
+        count -= kept.bit_count()
+    return first
 
 
 def _in_region(peers: Mapping[Peer, PieceMask], index: int) -> Complaints:

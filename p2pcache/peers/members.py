@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 GREET_EVERY_S: Final = 30.0
 # In a large cluster each member is greeted less often: an idle node should use no processor.
-_GREETINGS_PER_S: Final = 10.0
+_GREETINGS_PER_S: Final = 5.0
 _MAX_GREETINGS: Final = 32
 _JITTER: Final = 0.2
 _FIRST_RETRY_S: Final = 1.0

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from p2pcache.core.bounds import CLAIM_S
+from p2pcache.core.bounds import ALIVE_CLAIM_S, ALIVE_S, CLAIM_S
 from p2pcache.core.claims import (
     MAX_CLAIMS,
     REGION_PIECES,
@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 # Regions that wait for one member's answer to an earlier message.
 _MAX_WAITING: Final = 4 * MAX_CLAIMS
+# When no coordinator can be reached, one of them is tried nevertheless so long after a failure.
+_PROBE_S: Final = 0.5
 # Of each kind: as many as a claim may carry.
 _MAX_COMPLAINTS: Final = 64
 
@@ -155,6 +157,7 @@ class Posting:
         self._metrics = metrics
         self._book = book
         self._boxes: dict[str, _Box] = {}
+        self._probe_at = 0.0
 
     def send(self, key: RegionKey, question: Question) -> asyncio.Future[Grant | None]:
         """Send a claim; return where its answer will be.
@@ -171,13 +174,32 @@ class Posting:
             address = letter.coordinators[letter.rank]
             box = self._boxes.get(address)
             if self._is_reachable(address) and (box is None or len(box.letters) < _MAX_WAITING):
-                if box is None:
-                    box = self._boxes[address] = _Box()
-                    self._tasks.create_task(self._deliver(address, box))
-                box.put(letter)
+                self._put(address, letter)
                 return
             letter.rank += 1
-        letter.settle(None)
+        if not self._probe(letter):
+            letter.settle(None)
+
+    def _put(self, address: str, letter: _Letter) -> None:
+        box = self._boxes.get(address)
+        if box is None:
+            box = self._boxes[address] = _Box()
+            self._tasks.create_task(self._deliver(address, box))
+        box.put(letter)
+
+    def _probe(self, letter: _Letter) -> bool:
+        """Put it to the first coordinator after all, now and then; say whether that is done.
+
+        If all of them have failed, it may be this node that was cut off, and is not any more.
+        """
+        first = next(iter(letter.coordinators), "")
+        if asyncio.get_running_loop().time() < self._probe_at or first in self._boxes:
+            return False
+        if self._directory.peer(first) is None:
+            return False
+        letter.rank = 0
+        self._put(first, letter)
+        return True
 
     def _is_reachable(self, address: str) -> bool:
         if address == self._directory.own_address:
@@ -231,13 +253,33 @@ class Posting:
             if isinstance(error, SourceLacksBlob):  # of a blob that would be no failure
                 error = SourceUnavailable(peer.name, "does not coordinate")
             self._directory.note(peer, error)
+            self._probe_at = asyncio.get_running_loop().time() + _PROBE_S
             return None
+        if peer.record.failures:
+            self._forgive()
         peer.record.failures = 0
+        peer.record.answered_at = asyncio.get_running_loop().time()
         return grants
+
+    def _forgive(self) -> None:
+        """One that had failed answers. If most had failed, it was likely this node's own line.
+
+        Else this node would tell coordinators of members that are well that they failed.
+        """
+        members = self._directory.placement.members
+        peers = [self._directory.peer(member.address) for member in members]
+        records = [peer.record for peer in peers if peer is not None]
+        failing = [record for record in records if record.failures]
+        if 2 * len(failing) >= len(records):
+            for record in failing:
+                record.failures = 0
+                if not record.blames:
+                    record.shunned_until = 0.0
 
 
 async def _ask(peer: Contact, message: Claims) -> Grants:
-    grants = await peer.claim(message, CLAIM_S)
+    is_alive = asyncio.get_running_loop().time() < peer.record.answered_at + ALIVE_S
+    grants = await peer.claim(message, ALIVE_CLAIM_S if is_alive else CLAIM_S)
     asked, answered = len(message.claims), len(grants.grants)
     if asked != answered:
         raise SourceUnavailable(peer.name, f"answered {answered} of {asked} claims")

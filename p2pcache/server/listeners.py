@@ -44,13 +44,17 @@ class Listener:
             server, sock=self._socket, backlog=_BACKLOG
         )
 
+    def release(self) -> None:
+        """Let go of an address at which nobody has answered yet."""
+        if self._server is None:
+            self._socket.close()
+
     def stop_accepting(self) -> None:
         """Take no more connections, and close those that are idle."""
-        if self._server is None or self._web_server is None:
-            self._socket.close()
-            return
-        self._server.close()
-        self._web_server.pre_shutdown()
+        self.release()
+        if self._server is not None and self._web_server is not None:
+            self._server.close()
+            self._web_server.pre_shutdown()
 
     async def close(self, timeout_s: float) -> None:
         """Wait for the answers under way, at most *timeout_s*; cut what is left."""

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Iterable, Itera
 from contextlib import asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, Final
+from weakref import WeakSet
 
 from p2pcache.config import Address
 
@@ -151,6 +152,7 @@ class Net:
         self._servers: dict[int, asyncio.Server] = {}
         self._targets: dict[int, tuple[str, int]] = {}
         self._dead: set[int] = set()
+        self._transports: WeakSet[asyncio.WriteTransport] = WeakSet()
         self.ports: dict[int, int] = {}
         """Where a node, or the registry, is reached through the relay."""
 
@@ -166,6 +168,7 @@ class Net:
                 task = asyncio.current_task()
                 assert task is not None
                 connections.add(task)
+                self._transports.add(writer.transport)
                 try:
                     await self._relay(to, reader, writer)
                 except asyncio.CancelledError:
@@ -187,6 +190,9 @@ class Net:
                 task.cancel()
             if connections:
                 await asyncio.wait(connections, timeout=5)
+            for transport in self._transports:
+                transport.abort()  # some still had something to send
+            await asyncio.sleep(0)  # they are closed in the loop's next round
 
     def host(self, number: int) -> str:
         """The address that node *number* asks from."""
@@ -262,6 +268,7 @@ class Net:
             _reset(writer.transport)
             return
         far_reader, far_writer = await asyncio.open_connection(sock=connection, limit=_BUFFER)
+        self._transports.add(far_writer.transport)
         ends = writer.transport, far_writer.transport
         for end in ends:
             end.set_write_buffer_limits(_BUFFER)

@@ -174,7 +174,7 @@ def test_trust_in_word_that_a_silent_peer_is_alive_ends():
         waiting(world, peer, 100.0)
         world.neighbours.answers = [world.located(world.lead(peer, waits=True))]
         assert await world.fetch() == {}
-        assert 18.0 <= now() < 25.0
+        assert 14.0 <= now() < 25.0
         assert world.upstream.bytes_asked == len(world.data)
 
     run(main())

@@ -103,3 +103,11 @@ def test_zones_read_the_upstream_once_between_them():
     outcome = simulate(replace(SMALL, zones=3), IMAGE)
     assert outcome.finished == SMALL.nodes
     assert outcome.upstream_ratio <= 1.05
+
+
+def test_nobody_waits_in_a_circle_through_two_zones(alone: Outcome):
+    # Small zones with deaths: their trees are cut and grow together again all the time.
+    setting = replace(SMALL, nodes=120, deaths=0.1, zones=8, spread_s=2.0, dying_s=5.0, seed=9)
+    outcome = simulate(setting, IMAGE)
+    assert outcome.finished == 108
+    assert outcome.last_s <= 4 * alone.last_s
