@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import resource
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -39,7 +40,7 @@ from p2pcache.peers.connections import Connections
 from p2pcache.peers.coordination import Coordination
 from p2pcache.peers.locator import Locator
 from p2pcache.peers.members import Members
-from p2pcache.ports import BlobStore
+from p2pcache.ports import BlobStore, StoredBlob
 from p2pcache.server.listeners import Listener
 from p2pcache.server.mirror_api import MirrorApi
 from p2pcache.server.peer_api import PeerApi
@@ -62,6 +63,7 @@ _CONTENT_RECORD: Final = "content.proofs"
 def serve(config: Config) -> int:
     """Run a node until it is told to stop; return the exit status."""
     set_up_logging(config.log_format, config.log_level)
+    _raise_file_limit()
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(config))
@@ -69,6 +71,20 @@ def serve(config: Config) -> int:
         logger.error("node.failed", extra={"reason": str(error)})
         return 1
     return 0
+
+
+def _raise_file_limit() -> None:
+    """Let this process have as many descriptors open as it may: each connection takes one.
+
+    The soft limit is low for the sake of programs that use select(2); setrlimit(2).
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError) as error:
+        logger.warning("files.limit", extra={"files": soft, "reason": str(error)})
+    else:
+        logger.info("files.limit", extra={"files": hard})
 
 
 async def _serve(config: Config) -> None:
@@ -215,6 +231,7 @@ async def open_node(
         tasks.create_task(members.run())
         tasks.create_task(locator.run())
         tasks.create_task(locator.announce_all(_holdings(own_store)))
+        own_store.on_change = partial(_announce_rest, locator, store)
         if content is not None:
             content.on_change = partial(_announce_whole, locator)
             for change in changes:  # what was found before there was anybody to tell
@@ -285,12 +302,24 @@ def _upstream(config: Config, metrics: Metrics, pacer: Pacer, patience: Patience
 def _holdings(store: Store) -> Iterator[tuple[Cut, PieceMask]]:
     """Everything in the store that peers may have, for those who coordinate it."""
     for stored in store.blobs():
-        given = given_pieces(stored)
-        if not given:
-            continue
-        yield cut_of(stored), given
-        if stored.toc_digest is not None and stored.layout.count - 1 in given:
-            yield Cut.of_tail(stored.digest, stored.toc_digest), PieceMask.full(1)
+        yield from ((cut, given) for cut, given in _given(stored) if given)
+
+
+def _given(stored: StoredBlob) -> Iterator[tuple[Cut, PieceMask]]:
+    """Yield each way in which a blob is announced, with what peers may have of it, or nothing."""
+    given = given_pieces(stored)
+    yield cut_of(stored), given
+    if stored.toc_digest is not None:
+        has_tail = stored.layout.count - 1 in given
+        yield Cut.of_tail(stored.digest, stored.toc_digest), PieceMask(1, int(has_tail))
+
+
+def _announce_rest(locator: Locator, store: BlobStore, changed: StoredBlob) -> None:
+    """Tell what is left of a blob of which our own store has lost something, or all."""
+    found = store.find(changed.digest)  # perhaps containerd's, or one that took its place
+    left = {} if found is None else dict(_given(found))
+    for cut, given in _given(changed):
+        locator.announce_rest(cut, left.get(cut, given))
 
 
 def _announce_whole(locator: Locator, digest: Digest, size: int, is_there: bool) -> None:

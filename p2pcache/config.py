@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+from p2pcache.core.address import check_host, split_address
 from p2pcache.core.errors import BadName, ConfigError
 from p2pcache.core.model import parse_registry
 
@@ -26,7 +27,6 @@ _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*((?:[KMGT]i?)?)B?", re.ASCII | r
 _RATE = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGTkmgt]i?)?(bit|Bit|B|)(?:/s)?", re.ASCII)
 # What Kubernetes allows as the value of a label, such as topology.kubernetes.io/zone.
 _ZONE = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
-_ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+(?:%[\w.-]+)?)\]|([^\s:\[\]/@]+)):(\d{1,5})", re.ASCII)
 _UNITS: Final = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 # Nodes take whoever is slower than this for dead: the limit would only make reads fail.
 _MIN_RATE: Final = 64 << 10
@@ -214,13 +214,8 @@ def parse_rate(text: str) -> int | None:
 
 
 def parse_address(text: str) -> Address:
-    """Return the address that ``HOST:PORT`` or ``[IPV6]:PORT`` stands for."""
-    match = _ADDRESS.fullmatch(text.strip())
-    if match is None or int(match[3]) > 65535:
-        raise ValueError(f"not HOST:PORT or [IPV6]:PORT: {text!r}")
-    if match[1]:
-        ipaddress.IPv6Address(match[1])
-    return Address(match[1] or match[2], int(match[3]))
+    """Return the address that ``HOST:PORT`` or ``[IPV6]:PORT`` stands for. Raises `ValueError`."""
+    return Address(*split_address(text.strip()))
 
 
 def _reachable(text: str) -> Address:
@@ -258,6 +253,9 @@ def _url(text: str) -> str:
     parts = urlsplit(text)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
         raise ValueError(f"not an http or https URL: {text!r}")
+    check_host(parts.hostname)
+    if not re.fullmatch(r"[!-~]+", text):
+        raise ValueError(f"a URL is spelled in ASCII without spaces: {text!r}")
     if "?" in text or "#" in text:
         raise ValueError(f"a URL to add paths to has no query and no fragment: {text!r}")
     return text.rstrip("/")

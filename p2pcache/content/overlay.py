@@ -8,6 +8,7 @@ throws a layer away as soon as it is unpacked, and ours may be the last copy aro
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from types import TracebackType
@@ -18,6 +19,8 @@ from p2pcache.core.layout import Layout, LayoutKind
 from p2pcache.core.model import Digest
 from p2pcache.ports import StoredBlob
 from p2pcache.tasks import cancelled_at_exit
+
+logger = logging.getLogger(__name__)
 
 # Longer than unpacking a large layer takes on a slow disk.
 REDUNDANT_AFTER_S: Final = 600.0
@@ -123,4 +126,7 @@ class Overlay:
     async def _tidy_often(self) -> None:
         while True:
             await asyncio.sleep(_TIDY_EVERY_S)
-            await self.tidy()
+            try:
+                await self.tidy()
+            except Exception:  # a bug ends here, logged: copies are kept for longer
+                logger.exception("content.tidy.broken")

@@ -16,7 +16,8 @@ CLAIM_S: Final = 0.3
 ALIVE_CLAIM_S: Final = 1.0
 """One that answered within `ALIVE_S` is given so long: it is rather busy than dead, and a stand-in
 would lease what it has leased already."""
-ALIVE_S: Final = 10.0
+ALIVE_S: Final = 40.0
+"""Longer than from one greeting to the next in a cluster of a hundred."""
 COORDINATORS: Final = 3
 """So many coordinators are tried; after that a node reads from the upstream without a lease."""
 

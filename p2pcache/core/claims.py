@@ -14,6 +14,7 @@ from typing import Final
 
 import msgspec
 
+from p2pcache.core.address import is_address
 from p2pcache.core.errors import BadDigest, FormatError
 from p2pcache.core.layout import FIXED_PIECE_SIZE, LayoutKind, PieceMask
 from p2pcache.core.model import Digest
@@ -223,7 +224,8 @@ def decode_claims(body: bytes) -> Claims:
     try:
         wire = _CLAIMS.decode(body)
         _check(len(wire.claims) <= MAX_CLAIMS, "too many claims")
-        _check(len(wire.sender) <= _MAX_NAME and wire.rank >= 0, "no such sender or rank")
+        _check_address(wire.sender)
+        _check(wire.rank >= 0, "no such rank")
         return Claims(wire.sender, tuple(map(_claim, wire.claims)), wire.rank)
     except (msgspec.MsgspecError, ValueError, RecursionError, BadDigest) as error:
         raise FormatError(f"not claims: {error}") from error
@@ -236,7 +238,7 @@ def _claim(wire: _WireClaim) -> Claim:
     _check(max(len(wire.failed), len(wire.stalled)) <= _MAX_SOURCES, "too many complaints")
     _check_masks(wire.held, wire.fetching, wire.wanted)
     for address, mask in (*wire.failed, *wire.stalled):
-        _check(len(address) <= _MAX_NAME, "a name is too long")
+        _check_address(address)
         _check_masks(mask)
     return Claim(
         RegionKey(Digest.parse(wire.digest), wire.cut, wire.index, wire.scope),
@@ -277,13 +279,18 @@ def _grant(wire: _WireGrant) -> Grant:
     _check(len(wire.sources) <= _MAX_SOURCES, "too many sources")
     _check(0 <= wire.retry_s < 3600, "no such wait")
     for address, mask, held in wire.sources:
-        _check(len(address) <= _MAX_NAME, "a name is too long")
+        _check_address(address)
         _check_masks(mask, held)
     return Grant(wire.leased, tuple(Source(*item) for item in wire.sources), wire.retry_s)
 
 
 def _check_masks(*masks: int) -> None:
     _check(all(0 <= mask <= _ALL for mask in masks), "not a mask of a region")
+
+
+def _check_address(address: str) -> None:
+    # What one member says here, all who claim the region are told to connect to.
+    _check(not address or is_address(address), "no such address")
 
 
 def _check(condition: bool, problem: str) -> None:

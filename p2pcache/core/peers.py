@@ -23,7 +23,7 @@ _GAIN: Final = 1 / 8
 _DEVIATION_GAIN: Final = 1 / 4
 _UNKNOWN_LATENCY_S: Final = 0.1
 MIN_HEDGE_S: Final = 0.03
-MAX_HEDGE_S: Final = 1.0
+MAX_HEDGE_S: Final = 2.0
 
 
 @dataclass(slots=True)
@@ -35,7 +35,7 @@ class PeerRecord:
     blames: int = 0
     failures: int = 0
     answered_at: float = -math.inf
-    """When it last answered a claim."""
+    """When it last answered a claim or a greeting."""
     shunned_until: float = 0.0
     reason: str = ""
     """Why it is shunned, for people."""

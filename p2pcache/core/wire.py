@@ -14,6 +14,7 @@ from typing import Final
 
 import msgspec
 
+from p2pcache.core.address import is_address
 from p2pcache.core.errors import BadDigest, FormatError
 from p2pcache.core.layout import LayoutKind, PieceMask
 from p2pcache.core.model import MAX_BLOB_SIZE, Digest
@@ -185,6 +186,8 @@ def decode_hello(body: bytes) -> Hello:
         for name in (wire.zone, wire.address, wire.protocol):
             if not _NAME.fullmatch(name):
                 raise ValueError("not a name")
+        if wire.address and not is_address(wire.address):
+            raise ValueError("not an address")
         state = NodeState(wire.state)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise FormatError(f"not a hello: {error}") from error

@@ -30,6 +30,9 @@ UPSTREAM_STALL_S: Final = 1.5
 # But a busy machine is often 50 ms late, and if each such hiccup were followed up the registry
 # would be read as if there were no peers.
 MIN_STALL_S: Final = 0.25
+# Another holder is asked then. If there is none the coordinator would have the upstream read, so it
+# is not told before a silence for which no busy machine is an excuse.
+LONELY_S: Final = 1.0
 # Fewer bytes than this are not progress: a source that drips is overtaken like one that stalls.
 PROGRESS_BYTES: Final = 16 << 10
 # What a peer may take for a run before it is no help any more.
@@ -132,6 +135,13 @@ class Attempt:
             # It may deliver, and yet be so slow that it is no help.
             due = min(due, self._began_at + _PEER_RUN_S + self.size / _SLOWEST_PEER)
         return max(due, self._excused_until)
+
+    @property
+    def missed_at(self) -> float:
+        """The monotonic time from which on the coordinators are told that nothing comes of it."""
+        if self.peer is None or self.waits:
+            return self.doubtful_at
+        return max(self.doubtful_at, self.progress_at + LONELY_S)
 
     @property
     def stuck_at(self) -> float:

@@ -128,7 +128,13 @@ class Gatherer:
         """Check a blob that has just become complete, so that it can be served as whole."""
         if not blob.is_whole and blob.assembly is None:
             blob.assembly = shared_future()
-            self._tasks.create_task(self._gather(blob, blob.assembly))
+            work = self._gather(blob, blob.assembly)
+            try:
+                self._tasks.create_task(work)
+            except RuntimeError:  # the node is stopping: nobody is left to be served
+                work.close()
+                blob.assembly.cancel()
+                blob.assembly = None
 
 
 class NoRoom(BlobUnavailable):

@@ -186,12 +186,23 @@ class Pursuit:
             if self._patience.is_at_end(loop_time(), came_at):
                 needy = self._help_itself(needy | crowded, tasks) & ~crowded
             needy = self._start(needy, self._spares(), tasks)
+            hoped_for = needy & self._hoped_for()
+            needy &= ~hoped_for
             is_new = bool(needy & ~self._later)
             if needy and self._patience.may_ask(loop_time(), is_new=is_new):
                 needy = await self._locate(needy, tasks)
         else:
             needy = self._read_upstream(needy, tasks)
         return await self._despair(needy, tasks) if needy else 0
+
+    def _hoped_for(self) -> int:
+        """The pieces of holders that have not been silent for so long yet that it would matter."""
+        now = loop_time()
+        bits = 0
+        for attempt in self._attempts:
+            if now < attempt.missed_at:
+                bits |= attempt.bits
+        return bits
 
     def _spares(self) -> list[tuple[Peer | None, int]]:
         tried, failed = self._tried, self._failed
@@ -404,7 +415,9 @@ class Pursuit:
         due = now + _TICK_S
         for attempt in self._attempts:
             doubtful_at = attempt.doubtful_at
-            due = min(due, attempt.stuck_at, doubtful_at if now < doubtful_at else due)
+            for moment in (doubtful_at, attempt.missed_at):
+                due = min(due, moment if now < moment else due)
+            due = min(due, attempt.stuck_at)
         if self._ask_peers and self._attempts:
             due = min(due, self._tell_at)
         if self._lacking and self._ask_peers:

@@ -16,6 +16,7 @@ there, and no circle can lead through two scopes.
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import struct
 from collections import OrderedDict
@@ -31,6 +32,8 @@ from p2pcache.core.layout import PieceMask
 from p2pcache.core.model import Digest
 from p2pcache.peers.directory import Directory, own_scopes
 from p2pcache.peers.posting import State
+
+logger = logging.getLogger(__name__)
 
 Send = Callable[[RegionKey], asyncio.Future[Grant | None]]
 
@@ -156,6 +159,12 @@ class Announcer:
                     if due is not None:
                         self._schedule(key, due)
 
+    def note_rest(self, cut: Cut, held: PieceMask) -> None:
+        """Some of what this node had is gone, and *held* is left: who was told hears it soon."""
+        known = self._known.get((cut.digest, cut.name))
+        if known is not None and known.cut.count == cut.count:
+            self.note(cut, held, PieceMask(cut.count, known.fetching))
+
     def note_far_claim(self, cut: Cut, index: int, scope: str) -> None:
         """The region is claimed in a larger scope, so that it is announced there from now on."""
         self._open(cut).far.setdefault(scope, _Far()).claimed.add(index)
@@ -274,10 +283,14 @@ class Announcer:
         look_at = 0.0
         while True:
             now = _now()
-            if now >= look_at:
-                await self._look(now)
+            try:
+                if now >= look_at:
+                    await self._look(now)
+                    look_at = now + _LOOK_S
+                self._tell(now, send)
+            except Exception:  # a bug ends here, logged: the next round is told what is due then
+                logger.exception("announcing.broken")
                 look_at = now + _LOOK_S
-            self._tell(now, send)
             due = min(self._due.values(), default=look_at)
             self._wakes_at = min(look_at, max(due, now + ANNOUNCE_S))
             self._wake.clear()
@@ -414,6 +427,8 @@ class Announcer:
                 self._ledger(address, incarnation, now).keys[key] = None
                 if rank:
                     self._schedule(key, now + _ASTRAY_S)
+                if claim.held & ~(known.held >> shift):  # lost while the claim was on its way
+                    self._schedule(key, now + ANNOUNCE_S)
         self._note_incarnation(address, incarnation, now)
 
     def _note_way(

@@ -284,7 +284,7 @@ class PeerClient:
                 raise await self._refusal(answer)
             finally:
                 answer.close()
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # what a request is spelled of is ASCII
             raise self._unavailable(error) from error
 
     async def _send(
@@ -304,7 +304,7 @@ class PeerClient:
         request = f"{head}\r\n".encode("ascii") + body
         return await self._connections.ask(self._place, request, patience_s), proof
 
-    def _unavailable(self, error: OSError) -> SourceUnavailable:
+    def _unavailable(self, error: OSError | UnicodeError) -> SourceUnavailable:
         return SourceUnavailable(self.name, str(error) or type(error).__name__)
 
     def _learn_clock(self, answer: Answer, proof: str) -> bool:

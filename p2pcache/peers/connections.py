@@ -29,6 +29,8 @@ _IDLE_S: Final = 60.0
 _CLOSE_S: Final = 1.0
 
 _MAX_CONNECTIONS: Final = 128
+# To all places together: each takes a descriptor here and there.
+_MAX_IDLE: Final = 1024
 _MAX_ASKING: Final = 4096
 _MAX_ADDRESSES: Final = 4
 
@@ -50,10 +52,14 @@ class Place:
 
 
 class Connections:
-    """The connections of one node to its peers. An async context manager: leaving it ends them."""
+    """The connections of one node to its peers. An async context manager: leaving it ends them.
 
-    def __init__(self) -> None:
+    At most *max_idle* are kept for later; beyond that those go that have been idle for longest.
+    """
+
+    def __init__(self, max_idle: int = _MAX_IDLE) -> None:
         self._pools: dict[Place, _Pool] = {}
+        self._idle = _Idle(max_idle)
         self._is_closed = False
         self._none_left = asyncio.Event()
 
@@ -86,7 +92,7 @@ class Connections:
             raise ConnectionRefusedError("this node is stopping")
         pool = self._pools.get(place)
         if pool is None:
-            pool = self._pools[place] = _Pool(place, self._forget)
+            pool = self._pools[place] = _Pool(place, self._forget, self._idle)
         return await pool.ask(request, patience_s)
 
     def _forget(self, place: Place) -> None:
@@ -131,6 +137,11 @@ class _Connection(asyncio.Protocol):
 
     def _close(self) -> None:
         self._pool.take_back(self)
+
+    def retire(self) -> None:
+        """Close the connection, which is idle, to make room for others."""
+        self._pool.let_go(self)
+        self.abort()
 
     def abort(self) -> None:
         """Close the connection at once."""
@@ -209,14 +220,33 @@ class _Connection(asyncio.Protocol):
         self.abort()
 
 
+class _Idle:
+    """The connections of all pools that wait for a request, the longest idle first."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._connections: dict[_Connection, None] = {}
+
+    def add(self, connection: _Connection) -> None:
+        """It is idle from now on, and perhaps another one is too much."""
+        self._connections[connection] = None
+        if len(self._connections) > self._limit:
+            next(iter(self._connections)).retire()
+
+    def remove(self, connection: _Connection) -> None:
+        """It is used again, or gone."""
+        del self._connections[connection]
+
+
 class _Pool:
     """The connections to one place: at most so many requests are under way, the others wait."""
 
-    def __init__(self, place: Place, on_empty: Callable[[Place], None]) -> None:
+    def __init__(self, place: Place, on_empty: Callable[[Place], None], all_idle: _Idle) -> None:
         self.connections: set[_Connection] = set()
         self._place = place
         self._on_empty = on_empty
         self._idle: list[_Connection] = []
+        self._all_idle = all_idle
         self._asking = 0
         self._slots = asyncio.Semaphore(_MAX_CONNECTIONS)
 
@@ -247,7 +277,7 @@ class _Pool:
         (RFC 9110, section 9.2.2; claims as they are made).
         """
         may_repeat = True
-        connection = self._idle.pop() if self._idle else await self._connect()
+        connection = self._take() or await self._connect()
         while True:
             answer = connection.send(request, patience_s)
             try:
@@ -265,6 +295,12 @@ class _Pool:
             connection = await self._connect()
 
     async def _connect(self) -> _Connection:
+        try:
+            return await self._connected()
+        except ValueError as error:  # UnicodeError for one: a name that cannot even be looked up
+            raise ConnectionRefusedError(f"its name is none: {error}") from error
+
+    async def _connected(self) -> _Connection:
         loop = asyncio.get_running_loop()
         place = self._place
         tls = await asyncio.to_thread(_tls_context) if place.is_tls else None
@@ -290,15 +326,29 @@ class _Pool:
         """The answer that came by it is closed."""
         if connection.rest():
             self._idle.append(connection)
+            self._all_idle.add(connection)
         self._slots.release()
         self._done()
 
     def forget(self, connection: _Connection) -> None:
         """A connection is gone."""
         self.connections.discard(connection)
+        self.let_go(connection)
+        self._end_if_empty()
+
+    def let_go(self, connection: _Connection) -> None:
+        """No request goes by this connection any more."""
         if connection in self._idle:
             self._idle.remove(connection)
-        self._end_if_empty()
+            self._all_idle.remove(connection)
+
+    def _take(self) -> _Connection | None:
+        """Take the connection that was used last: the others may end for being idle."""
+        if not self._idle:
+            return None
+        connection = self._idle.pop()
+        self._all_idle.remove(connection)
+        return connection
 
     def _done(self) -> None:
         self._asking -= 1

@@ -9,6 +9,7 @@ asking takes `ASK_AROUND_S` at most, however many claims wait for it and whoever
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -36,6 +37,8 @@ from p2pcache.metrics import Metrics
 from p2pcache.peers.directory import MAX_ASKED, Contact, Directory, some_peers
 from p2pcache.peers.forwarding import Forwarding
 from p2pcache.tasks import shared_future
+
+logger = logging.getLogger(__name__)
 
 # If few answered it is asked anew much sooner.
 _POOR_S: Final = 0.5
@@ -298,6 +301,8 @@ class Coordination:
             self._directory.note(peer, late)
         except SourceError as error:
             self._directory.note(peer, error)
+        except Exception:  # a bug ends here, logged: the others' answers are used without this one
+            logger.exception("coordination.question.broken", extra={"peer": peer.name})
         else:
             answered.append(peer)
             if holding is not None:

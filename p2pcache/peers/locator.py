@@ -9,6 +9,7 @@ can tell; a member that lied is not used, and whoever names it is told.
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -36,6 +37,8 @@ from p2pcache.peers.asking import Asking
 from p2pcache.peers.directory import Contact, Directory, has_others, own_scopes
 from p2pcache.peers.posting import Complaints, Posting, Question
 from p2pcache.ports import Lead, Located, Offer, Peer, Search
+
+logger = logging.getLogger(__name__)
 
 # What a grant told of holders beyond the pieces that were asked for.
 _YOUNG_S: Final = 10.0
@@ -243,9 +246,16 @@ class Locator:
         """Tell the coordinators, soon, what this node has of a blob and what it is fetching."""
         self._announcer.note(cut, held, fetching)
 
+    def announce_rest(self, cut: Cut, held: PieceMask) -> None:
+        """Tell those who were told more that only *held* is left; what is fetched stays so."""
+        self._announcer.note_rest(cut, held)
+
     async def announce_all(self, holdings: Iterable[tuple[Cut, PieceMask]]) -> None:
         """Tell the coordinators all that the store holds, at a pace that leaves them in peace."""
-        await self._announcer.note_all(holdings)
+        try:
+            await self._announcer.note_all(holdings)
+        except Exception:  # a bug ends here, logged: what is read is announced all the same
+            logger.exception("announcing.broken")
 
     # Asking around.
 

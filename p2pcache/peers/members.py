@@ -199,13 +199,12 @@ class Members:
         """
         try:
             while True:
-                soon = time.monotonic() + _TOGETHER_S
-                await self._greet_all(iter([m for m in self._others() if m.due <= soon]))
-                if not self.greeted.is_set():
-                    if not self.own_address:  # it is not in the list
-                        self.own_address = await self._seen_address()
-                    self._rebuild()
-                    self.greeted.set()
+                try:
+                    await self._round()
+                except Exception:  # a bug ends here, logged: the list is the truth all the same
+                    logger.exception("members.broken")
+                    await asyncio.sleep(_FIRST_RETRY_S)
+                    continue
                 now = time.monotonic()
                 due = min((listed.due for listed in self._others()), default=now + GREET_EVERY_S)
                 await asyncio.sleep(max(_TOGETHER_S, due - now))
@@ -213,19 +212,30 @@ class Members:
             if self._rebuilding is not None:
                 self._rebuilding.cancel()
 
+    async def _round(self) -> None:
+        """Greet those whose turn it is; find out after the first round who this node is."""
+        soon = time.monotonic() + _TOGETHER_S
+        await self._greet_all(iter([m for m in self._others() if m.due <= soon]))
+        if not self.greeted.is_set():
+            if not self.own_address:  # it is not in the list
+                self.own_address = await self._seen_address()
+            self._rebuild()
+            self.greeted.set()
+
     async def _seen_address(self) -> str:
         """Return the address from which this machine would talk to the others; "" if to none."""
         loop = asyncio.get_running_loop()
         for listed in list(self._listed.values())[:_MAX_GREETINGS]:
-            there = parse_address(listed.peer.address)
             try:
+                there = parse_address(listed.peer.address)
                 async with asyncio.timeout(_RESOLVE_S):
                     # UDP: nothing is sent, but the route is chosen.
                     probe, _ = await loop.create_datagram_endpoint(
                         asyncio.DatagramProtocol, remote_addr=(there.host, there.port)
                     )
-            except (OSError, TimeoutError) as error:
-                logger.debug("members.no_route", extra={"to": str(there), "reason": str(error)})
+            except (OSError, TimeoutError, ValueError) as error:
+                to = listed.peer.address
+                logger.debug("members.no_route", extra={"to": to, "reason": str(error)})
                 continue
             host = probe.get_extra_info("sockname")[0]
             probe.close()
@@ -238,7 +248,11 @@ class Members:
     async def _greet_all(self, due: Iterator[_Listed]) -> None:
         async def greet_some() -> None:
             for listed in due:
-                await self._greet(listed)
+                listed.due = time.monotonic() + _MAX_RETRY_S
+                try:
+                    await self._greet(listed)
+                except Exception:  # a bug ends here, logged: the other members are greeted
+                    logger.exception("greeting.broken", extra={"peer": listed.peer.name})
 
         async with asyncio.TaskGroup() as tasks:
             for _ in range(min(_MAX_GREETINGS, len(self._listed))):
@@ -255,6 +269,7 @@ class Members:
         else:
             wait = interval
             listed.failures = 0
+            listed.peer.record.answered_at = time.monotonic()
             self._learn_age(listed, is_older=hello is None)
             if hello is not None:
                 self._learn(listed, hello)

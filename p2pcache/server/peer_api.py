@@ -198,6 +198,7 @@ class PeerApi:
         manifest = await self._memory.manifest(digest) or await self.uploads.manifest(digest)
         if manifest is None:
             return plain(404, "not held")
+        await self.uploads.admit(len(manifest.data))
         headers = {"Content-Type": manifest.media_type or OCTET_STREAM}
         return web.Response(body=manifest.data, headers=headers)
 

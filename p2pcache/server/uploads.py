@@ -119,8 +119,7 @@ class Uploads:
             "Content-Type": OCTET_STREAM,
             "Content-Range": part.content_range(layout.size),
         }
-        if self._pacer.is_over():
-            raise TooBusy
+        self._refuse_if_over()
         try:
             if stored.held.covers(pieces):
                 if len(part) <= _MIN_UPLOAD:
@@ -159,6 +158,15 @@ class Uploads:
             return False
         return not self._pacer.is_over() and self._pacer.admit_now(count)
 
+    async def admit(self, count: int) -> None:
+        """Return once an answer of *count* bytes may go, soon. Raises `TooBusy`."""
+        self._refuse_if_over()
+        try:
+            async with asyncio.timeout(_WAIT_S):
+                await self._pacer.admit(count)
+        except (TimeoutError, Saturated) as error:
+            raise TooBusy from error
+
     def take_back(self, count: int) -> None:
         """What was let go was not sent, and will go the ordinary way."""
         self._pacer.give_back(count)
@@ -178,6 +186,7 @@ class Uploads:
     async def tail(self, request: web.BaseRequest, digest: Digest) -> web.StreamResponse:
         """Answer with a blob's table of contents and what follows it."""
         toc_digest = Digest.parse(request.query.get("toc", ""))
+        self._refuse_if_over()
         data = await self._held_tail(digest, toc_digest)
         if data is None and self._giver is not None:
             data = await self._awaited(self._giver.tail, digest, toc_digest)
@@ -203,8 +212,13 @@ class Uploads:
             logger.warning("upload.failed", extra={"digest": str(digest), "reason": str(error)})
             return None
 
+    def _refuse_if_over(self) -> None:
+        if self._pacer.is_over():
+            raise TooBusy
+
     async def manifest(self, digest: Digest) -> Manifest | None:
         """Return a manifest that is being fetched. Raises `TooBusy`."""
+        self._refuse_if_over()
         if self._giver is None:
             return None
         return await self._awaited(self._giver.manifest, digest)

@@ -409,7 +409,7 @@ class StoredBlob:
             return
         self._whole = False
         self._set_absent(present)
-        self._owner.give_room(sum(len(self.layout.range_of(p)) for p in present), self)
+        self._owner.note_dropped(sum(len(self.layout.range_of(p)) for p in present), self)
         if not self._owner.disk.is_writer:
             return
         row = self.row

@@ -31,6 +31,9 @@ class Owner(Protocol):
     def give_room(self, size: int, blob: StoredBlob) -> None:
         """Count *size* bytes less."""
 
+    def note_dropped(self, size: int, blob: StoredBlob) -> None:
+        """Pieces that took *size* bytes are absent from now on."""
+
     def note_open(self, blob: StoredBlob) -> None:
         """The blob has a descriptor open now."""
 

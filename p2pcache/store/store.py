@@ -66,6 +66,8 @@ class Store:
         self.scratch = memoryview(bytearray(READ_NOW_LIMIT))
         # Absent where there is no Linux: rather wait for a disk than hop threads for every read.
         self.read_flags: int = getattr(os, "RWF_NOWAIT", 0)
+        self.on_change: Callable[[StoredBlob], None] = lambda blob: None
+        """Called on the event loop, when a blob has left the store or lost some of its pieces."""
         self.memory = ImageMemory(self.disk.persist, manifest_bytes=budget // _MANIFEST_SHARE)
         self._max_open_files = max_open_files
         self._max_blobs = max_blobs
@@ -229,10 +231,10 @@ class Store:
             else:
                 blob = StoredBlob(self, Row(record.row, is_open=True), record)
             found[record.digest] = blob
-        for digest, blob in self._blobs.items():
+        before, self._blobs = self._blobs, found
+        for digest, blob in before.items():
             if found.get(digest) is not blob:
                 self._let_go(blob)
-        self._blobs = found
         self._room = sum(blob.room for blob in found.values())
         self.memory.absorb(contents)
         if self.is_writer:
@@ -279,6 +281,11 @@ class Store:
     def note_unpinned(self, blob: StoredBlob) -> None:
         """Nobody reads or writes it any more."""
         self._pinned.discard(blob)
+
+    def note_dropped(self, size: int, blob: StoredBlob) -> None:
+        """Count *size* bytes less, of pieces that are absent from now on."""
+        self.give_room(size, blob)
+        self.on_change(blob)
 
     def _evict(self, size: int) -> None:
         """Make room for *size* bytes, or raise `StoreFull` and evict nothing."""
@@ -330,6 +337,7 @@ class Store:
         blob.room = 0
         blob.vanish()
         self._open.discard(blob)
+        self.on_change(blob)
 
     def _remove_job(self, blobs: Iterable[StoredBlob]) -> Job:
         rows = [blob.row for blob in blobs]

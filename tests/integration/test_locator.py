@@ -683,3 +683,61 @@ async def test_an_answer_of_our_own_is_no_offer():
         nodes[1].hold(CUT, [1])
         nodes[0].locator._asking._own_id = nodes[1].address  # known by two addresses
         assert not await nodes[0].locator.find(CUT.digest, None)
+
+
+# What is gone, and what goes wrong.
+
+
+@in_virtual_time
+async def test_what_is_gone_is_no_longer_told_to_anybody_soon():
+    async with cluster(5) as nodes:
+        holder, seeker = asker(nodes, 0), asker(nodes, 1)
+        holder.announce(CUT, [0, 1, 2])
+        await news_have_gone_out()
+        assert addresses(await seeker.locate(CUT, [0])) == [holder.address]
+        holder.locator.announce_rest(CUT, PieceMask.of(CUT.count, [2]))
+        await news_have_gone_out()
+        late = nodes.others(*nodes.coordinators(CUT))[-1]
+        assert list((await nodes.coordinators(CUT)[0].locate(CUT, [1])).upstream) == [1]
+        assert late is seeker or addresses(await late.locate(CUT, [2])) == [holder.address]
+
+
+@in_virtual_time
+async def test_what_is_fetched_stays_so_when_something_else_is_gone():
+    async with cluster(5) as nodes:
+        holder, seeker = asker(nodes, 0), asker(nodes, 1)
+        holder.announce(CUT, [0, 1], [7])
+        await news_have_gone_out()
+        holder.locator.announce_rest(CUT, PieceMask(CUT.count))
+        await news_have_gone_out()
+        assert addresses(await seeker.locate(CUT, [7])) == [holder.address]
+
+
+@in_virtual_time
+async def test_what_nobody_was_told_of_needs_no_telling_when_it_is_gone():
+    async with cluster(5) as nodes:
+        asker(nodes).locator.announce_rest(CUT, PieceMask(CUT.count))
+        await news_have_gone_out()
+        assert nodes.messages == []
+
+
+@in_virtual_time
+async def test_a_bug_in_a_round_of_announcements_is_logged_and_the_next_round_comes(
+    monkeypatch, caplog
+):
+    async with cluster(5) as nodes:
+        holder, seeker = asker(nodes, 0), asker(nodes, 1)
+        announcer = holder.locator._announcer
+        tell, bugs = announcer._tell, [LookupError("a bug")]
+
+        def broken_once(now, send):
+            if bugs:
+                raise bugs.pop()
+            tell(now, send)
+
+        monkeypatch.setattr(announcer, "_tell", broken_once)
+        holder.announce(CUT, [0])
+        await asyncio.sleep(2.0)
+        assert addresses(await seeker.locate(CUT, [0])) == [holder.address]
+    assert [record.message for record in caplog.records if record.exc_info] == ["announcing.broken"]
+    caplog.clear()

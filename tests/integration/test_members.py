@@ -507,3 +507,46 @@ async def test_only_peers_are_noted(connections):
 
 def test_greetings_take_their_time():
     assert GREET_EVERY_S >= 10.0
+
+
+async def test_a_bug_in_one_greeting_is_logged_and_the_others_go_on(
+    connections, a, b, monkeypatch, caplog
+):
+    hello = PeerClient.hello
+
+    async def broken_for_a(peer: PeerClient) -> Hello | None:
+        if peer.url == a.url:
+            raise LookupError("a bug")
+        return await hello(peer)
+
+    monkeypatch.setattr(PeerClient, "hello", broken_for_a)
+    members = members_of(connections, a.url, b.url)
+    async with greeting(members):
+        await until(members.greeted.is_set)
+        assert zones(members) == {address_of(a.url): "", address_of(b.url): "west"}
+    assert [record.message for record in caplog.records if record.exc_info] == ["greeting.broken"]
+
+
+async def test_a_bug_in_a_round_of_greetings_is_logged_and_the_next_round_comes(
+    connections, a, monkeypatch, caplog
+):
+    members = members_of(connections, a.url)
+    rebuild, bugs = members._rebuild, [LookupError("a bug")]
+
+    def broken_once() -> None:
+        if bugs:
+            raise bugs.pop()
+        rebuild()
+
+    monkeypatch.setattr("p2pcache.peers.members._FIRST_RETRY_S", 0.01)
+    monkeypatch.setattr(members, "_rebuild", broken_once)
+    async with greeting(members):
+        await until(members.greeted.is_set)
+    assert [record.message for record in caplog.records if record.exc_info] == ["members.broken"]
+
+
+async def test_a_member_whose_name_cannot_be_looked_up_is_one_that_fails(connections, b):
+    members = members_of(connections, "http://b\u00fccher.test:29901", b.url)
+    async with greeting(members):
+        await until(members.greeted.is_set)
+        assert zones(members)[address_of(b.url)] == "west"

@@ -38,6 +38,7 @@ from p2pcache.core.model import Digest, Manifest, Repository, Tag, TagFact
 from p2pcache.core.ranges import ByteRange
 from p2pcache.core.wire import Hello
 from p2pcache.metrics import Metrics
+from p2pcache.pacing import Pacer
 from p2pcache.peers.client import PeerClient
 from p2pcache.peers.connections import Connections
 from p2pcache.server.peer_api import MAX_CLAIMS_BODY, PeerApi
@@ -45,6 +46,7 @@ from p2pcache.store import Store
 from tests.fakes import OCI_MANIFEST, Answer, Endless, Reset, Together
 from tests.fakes_peer import FakePeer
 from tests.integration.nodes import noise
+from tests.timers import HeldTimer
 
 SECRET = b"correct horse battery staple"
 NOW = 1.7e9
@@ -756,3 +758,21 @@ async def test_a_manifest_that_is_another_one_is_a_lie(setup):
         host.keep_manifest(DIGEST, OCI_MANIFEST, SMALL_MANIFEST)
         with pytest.raises(IntegrityError):
             await peer.manifest(DIGEST)
+
+
+async def test_over_the_upload_limit_manifests_and_tails_are_refused_as_blobs_are(tmp_path):
+    digest = Digest.of(SMALL_MANIFEST)
+    timer = HeldTimer()
+    pacer = Pacer(64 << 10, timer=timer)
+    async with listening(tmp_path, uploads=pacer) as setup, asyncio.TaskGroup() as tasks:
+        await setup.store.memory.put_manifest(Manifest(digest, OCI_MANIFEST, SMALL_MANIFEST))
+        peer = setup.client()
+        assert await peer.manifest(digest) is not None
+        waiting = tasks.create_task(pacer.admit(1 << 20))
+        while not pacer.is_over():  # noqa: ASYNC110 - it tells nobody
+            await asyncio.sleep(0)
+        for question in (peer.manifest(digest), peer.tail(DIGEST, TOC)):
+            with pytest.raises(SourceBusy):
+                await question
+        assert setup.busy() == 2
+        waiting.cancel()

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from multidict import CIMultiDict
 
+from p2pcache.core.claims import Claims
 from p2pcache.core.errors import SourceLacksBlob, SourceUnavailable
 from p2pcache.core.layout import Layout
 from p2pcache.core.model import Digest
@@ -326,6 +327,43 @@ async def test_leaving_ends_what_is_under_way_and_what_is_idle():
         async with asyncio.timeout(PATIENCE_S):
             await host.ended.acquire()
             await other.ended.acquire()
+
+
+async def test_idle_connections_to_all_peers_together_are_bounded():
+    async with (
+        host_of(saying(OK)) as a,
+        host_of(saying(OK)) as b,
+        host_of(saying(OK)) as c,
+        Connections(max_idle=2) as connections,
+    ):
+        for host in (a, b, a, c):  # of the two that are idle then, b is so for longer
+            assert await ask(connections, host) == b"hello"
+        async with asyncio.timeout(PATIENCE_S):
+            await b.ended.acquire()
+        assert await ask(connections, a) == b"hello"
+        assert await ask(connections, c) == b"hello"
+        assert (a.connections, b.connections, c.connections) == (1, 1, 1)
+        assert await ask(connections, b) == b"hello"
+        assert b.connections == 2
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://" + "x" * 64 + ".test:1",
+        "http://a..test:1",
+        "http://b\u00fccher.test:1",
+        "http://127.0.0.1:1/b\u00fccher",
+        "https://.test:1",
+    ],
+)
+async def test_a_peer_that_cannot_be_looked_up_is_not_available(url):
+    async with Connections() as connections:
+        peer = PeerClient(url, connections, None, lambda: 0.0)
+        with pytest.raises(SourceUnavailable):
+            await peer.hello()
+        with pytest.raises(SourceUnavailable):
+            await peer.claim(Claims("", ()), 1.0)
 
 
 # How long it may take, and how much memory.

@@ -20,6 +20,7 @@ from p2pcache.core.errors import (
     SourceLacksBlob,
 )
 from p2pcache.core.estargz_writer import BuiltLayer, Entry, build_layer
+from p2pcache.core.layout import PieceState
 from p2pcache.mirror.active import TocUnusable
 from p2pcache.mirror.attempt import WINDOW_BYTES
 from p2pcache.mirror.budget import ByteBudget
@@ -250,3 +251,24 @@ def test_the_work_grows_with_the_pieces_and_not_with_their_square():
     large = _cpu_of(8000)
     sys.stdout.write(f"1000 pieces {small:.3f} s, 8000 pieces {large:.3f} s")
     assert large < 8 * small * 4
+
+
+def test_a_piece_that_is_dropped_while_its_fetch_goes_on_is_fetched_anew():
+    async def main():
+        world = World(2, stored=True)
+        peer = world.peer("slow", delay_s=3.0)
+        world.neighbours.answers = [
+            world.located(world.lead(peer, 1, waits=True), upstream=world.mask(0))
+        ]
+        async with asyncio.TaskGroup() as tasks:
+            fetcher = world.start(tasks, [0, 1])
+            first = world.futures[0]
+            assert await (await first).kept
+            assert world.disk is not None
+            world.disk.states[0] = PieceState.ABSENT
+            again = fetcher.start(world.blob, [0])[0]
+            assert again is not first
+            assert (await again).data is not None
+        world.check_tidy(fetcher)
+
+    run(main())

@@ -36,7 +36,9 @@ async def test_who_waits_for_the_whole_gets_some_bytes_meanwhile(tmp_path, regis
             assert len(signs) >= 2
             assert sum(sign.bytes_sent for sign in signs) == len(signs) * reading.SIGN_BYTES
             assert node.count("served_bytes", source="upstream") == len(signs) * reading.SIGN_BYTES
-            assert node.node.store.find(digest).is_whole
+            stored = node.node.store.find(digest)
+            assert stored is not None
+            assert stored.is_whole
 
 
 async def test_a_registry_that_fails_gives_no_sign_and_spoils_nothing(

@@ -31,7 +31,10 @@ from p2pcache.core.model import Digest
 DIGEST = Digest.of(b"a blob")
 MASKS = st.integers(0, (1 << REGION_PIECES) - 1)
 NAMES = st.text(st.characters(codec="utf-8"), max_size=255)
-COMPLAINTS = st.lists(st.tuples(NAMES, MASKS), max_size=64).map(tuple)
+HOSTS = st.from_regex(r"([a-z0-9_-]{1,63}\.){0,2}[a-z0-9]{1,63}\.?", fullmatch=True)
+IPS = st.ip_addresses(v=4).map(str) | st.ip_addresses(v=6).map("[{}]".format)
+ADDRESSES = st.just("") | st.builds("{}:{}".format, HOSTS | IPS, st.integers(0, 65535))
+COMPLAINTS = st.lists(st.tuples(ADDRESSES, MASKS), max_size=64).map(tuple)
 KEYS = st.builds(RegionKey, st.just(DIGEST), NAMES, st.integers(0, (1 << 14) - 1), NAMES)
 CLAIM = st.builds(
     Claim,
@@ -45,9 +48,9 @@ CLAIM = st.builds(
     COMPLAINTS,
 )
 CLAIMS = st.builds(
-    Claims, NAMES, st.lists(CLAIM, max_size=4).map(tuple), st.integers(0, (1 << 63) - 1)
+    Claims, ADDRESSES, st.lists(CLAIM, max_size=4).map(tuple), st.integers(0, (1 << 63) - 1)
 )
-SOURCES = st.lists(st.builds(Source, NAMES, MASKS, MASKS), max_size=64).map(tuple)
+SOURCES = st.lists(st.builds(Source, ADDRESSES, MASKS, MASKS), max_size=64).map(tuple)
 GRANT = st.builds(Grant, MASKS, SOURCES, st.floats(0, 3599))
 GRANTS = st.builds(Grants, NAMES, st.lists(GRANT, max_size=4).map(tuple))
 
@@ -169,6 +172,42 @@ def test_a_bad_message_of_claims_is_refused(body):
 def test_a_bad_message_of_grants_is_refused(body):
     with pytest.raises(FormatError):
         decode_grants(body)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "x" * 64 + ":1",
+        "a." + "x" * 64 + ".b:1",
+        "bücher.test:29901",
+        "a..b:1",
+        ".a:1",
+        "a b:1",
+        "a\r\nb:1",
+        "a/b:1",
+        "a?b:1",
+        "u@a:1",
+        "a:65536",
+        "a:\u0661",
+        "a:",
+        "a",
+        "a:1\n",
+        "[::g]:1",
+        "::1:1",
+        "[fe80::1%ü]:1",
+        ".".join(["x" * 60] * 5) + ":1",
+    ],
+)
+def test_an_address_that_nobody_can_ask_is_refused_wherever_it_stands(address):
+    for body in (
+        claims_body(sender=address),
+        claims_body(changed(9, [[address, 1]])),
+        claims_body(changed(10, [[address, 1]])),
+    ):
+        with pytest.raises(FormatError, match="no such address"):
+            decode_claims(body)
+    with pytest.raises(FormatError, match="no such address"):
+        decode_grants(grants_body([0, [[address, 1, 1]], 0.0]))
 
 
 @given(st.integers(1, 300), st.data())

@@ -317,6 +317,21 @@ def test_a_password_in_a_url_is_refused_without_showing_it(flag, value):
     assert "hunter2" not in problem
 
 
+@pytest.mark.parametrize(
+    "host", ["b\u00fccher.test", "x" * 64 + ".test", "a..test", ".", "a\tb.test"]
+)
+@pytest.mark.parametrize("flag", ["peer", "upstream"])
+def test_a_url_whose_host_cannot_be_looked_up_is_refused(flag, host):
+    url = f"http://{host}:29901"
+    (problem,) = problems(f"--{flag}", url if flag == "peer" else f"r.example={url}")
+    assert "ASCII" in problem
+
+
+def test_a_url_is_spelled_in_ascii():
+    (problem,) = problems("--peer", "http://a.test:1/b\u00fccher")
+    assert "ASCII" in problem
+
+
 # Sizes and addresses.
 
 
@@ -422,7 +437,7 @@ ADDRESSES = st.builds(
     st.one_of(
         st.ip_addresses(v=4).map(str),
         st.ip_addresses(v=6).map(str),
-        st.from_regex(r"\A[a-z0-9]([a-z0-9.-]{0,10}[a-z0-9])?\Z"),
+        st.from_regex(r"\A([a-z0-9-]{1,9}\.){0,2}[a-z0-9]{1,9}\.?\Z"),
     ),
     st.integers(0, 65535),
 )
@@ -461,6 +476,9 @@ def test_a_printed_address_is_read_back(address):
         "http://a:80",
         "a/b:80",
         "user@a:80",
+        "b\u00fccher.test:80",
+        "x" * 64 + ".test:80",
+        "a..test:80",
     ],
 )
 def test_what_is_no_address_is_refused(text):

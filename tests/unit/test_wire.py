@@ -65,8 +65,9 @@ def test_a_sent_tag_is_read_back(news):
 
 
 NAMES = st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=30)
+ADDRESSES = st.just("") | st.builds("{}:{}".format, st.ip_addresses(v=4), st.integers(0, 65535))
 HELLOS = st.builds(
-    Hello, st.text(min_size=1, max_size=30), NAMES, NAMES, st.sampled_from(NodeState), NAMES
+    Hello, st.text(min_size=1, max_size=30), NAMES, ADDRESSES, st.sampled_from(NodeState), NAMES
 )
 
 
