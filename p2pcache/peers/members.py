@@ -279,8 +279,7 @@ class Members:
     def _learn(self, listed: _Listed, hello: Hello) -> None:
         if hello.node == self._own_id:
             listed.peer.is_myself = True
-            # The other nodes' lists are like this one: what it calls this node they call it, too.
-            if self.own_address not in self._listed:
+            if not self.own_address:  # what this list calls it the other nodes' lists call it, too
                 self.own_address = listed.peer.address
             logger.info("members.myself", extra={"address": listed.peer.address})
         listed.zone = hello.zone
@@ -323,12 +322,13 @@ class Members:
             self.changed_at = time.monotonic()
 
     def _members(self) -> Iterator[Member]:
-        own_weight = 0.0 if self._is_leaving else 1.0
+        """Yield each member under the name that it gives for itself, as soon as that is known.
+
+        Lists may spell one node in several ways, but all who greet it hear the same name.
+        """
+        if self.own_address:
+            yield Member(self.own_address, self.own_zone, 0.0 if self._is_leaving else 1.0)
         for address, listed in self._listed.items():
-            if listed.peer.is_myself:
-                yield Member(address, self.own_zone, own_weight)
-            else:
+            if not listed.peer.is_myself:
                 is_out = listed.is_leaving or listed.is_older
-                yield Member(address, listed.zone, 0.0 if is_out else 1.0)
-        if self.own_address and self.own_address not in self._listed:
-            yield Member(self.own_address, self.own_zone, own_weight)
+                yield Member(listed.alias or address, listed.zone, 0.0 if is_out else 1.0)

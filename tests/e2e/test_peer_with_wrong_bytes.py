@@ -18,17 +18,21 @@ GOOD_DELAY_S = 0.02
 UPSTREAM_SHARE = 0.05
 
 
-def start_with_bad_peer(rig: Rig, *, every: int) -> tuple[Node, Node, Path]:
-    """Start both nodes. The second knows two ways to the first: a relay that flips a bit in every
-    *every*-th body, and an honest one, which is slower, so that the bad one is asked.
+def start_with_bad_peer(rig: Rig, *, every: int) -> Path:
+    """Start three nodes. What the third hears from the first goes through a relay that flips a bit
+    in every *every*-th body; the second is honest but slower, so that the bad one is asked.
+
+    The first two call themselves by the addresses of their relays: no node has two names.
     """
-    first, second = rig.nodes
-    first.start(Setup())
+    first, second, third = rig.nodes
+    far = [f"http://{address}:{PEER_PORT}" for address in (BAD_ADDRESS, GOOD_ADDRESS)]
+    for node, address, other in ((first, BAD_ADDRESS, second), (second, GOOD_ADDRESS, first)):
+        flags = ["--advertise", f"{address}:{PEER_PORT}"]
+        node.start(Setup(peers=[other.mirror.url, third.mirror.url], flags=flags))
     bad = start_relay(rig, first, BAD_ADDRESS, "--every", str(every))
-    start_relay(rig, first, GOOD_ADDRESS, "--every", "0", "--delay", str(GOOD_DELAY_S))
-    peers = [f"http://{address}:{PEER_PORT}" for address in (BAD_ADDRESS, GOOD_ADDRESS)]
-    second.start(Setup(peers=peers))
-    return first, second, bad
+    start_relay(rig, second, GOOD_ADDRESS, "--every", "0", "--delay", str(GOOD_DELAY_S))
+    third.start(Setup(peers=far))
+    return bad
 
 
 def start_relay(rig: Rig, to: Node, address: str, *flags: str) -> Path:
@@ -53,26 +57,27 @@ def start_relay(rig: Rig, to: Node, address: str, *flags: str) -> Path:
 )
 @pytest.mark.parametrize(("version", "tag"), [("0.18", GZIP), ("0.12", ZSTD)])
 def test_flipped_bits_never_reach_a_container(images, version, tag, every):
-    with Rig(images, snapshotter=Snapshotter(version)) as rig:
-        first, second, relay_log = start_with_bad_peer(rig, every=every)
-        lazy_start(first, tag)
-        assert first.run(tag, unforeseen()) == images.unforeseen_output
-        assert lazy_start(second, tag).output.startswith("started")
-        assert second.run(tag, unforeseen()) == images.unforeseen_output
-        assert_blamed(second, relay_log)
-        asked = sum(second.mirror.served_bytes().values())
-        assert second.traffic().bytes <= UPSTREAM_SHARE * asked
-        assert not second.traffic().past_the_mirror
+    with Rig(images, nodes=3, snapshotter=Snapshotter(version)) as rig:
+        relay_log = start_with_bad_peer(rig, every=every)
+        for node in rig.nodes:
+            assert lazy_start(node, tag).output.startswith("started")
+            assert node.run(tag, unforeseen()) == images.unforeseen_output
+        third = rig.nodes[2]
+        assert_blamed(third, relay_log)
+        asked = sum(third.mirror.served_bytes().values())
+        assert third.traffic().bytes <= UPSTREAM_SHARE * asked
+        assert not third.traffic().past_the_mirror
 
 
 def test_flipped_bits_never_reach_a_whole_layer(images):
-    with Rig(images) as rig:
-        first, second, relay_log = start_with_bad_peer(rig, every=2)
-        first.pull(PLAIN)
-        second.pull(PLAIN)
-        assert second.run_pulled(PLAIN, unforeseen()) == images.unforeseen_output
-        assert_blamed(second, relay_log)
-        assert not second.traffic().past_the_mirror
+    with Rig(images, nodes=3) as rig:
+        relay_log = start_with_bad_peer(rig, every=2)
+        for node in rig.nodes:
+            node.pull(PLAIN)
+        third = rig.nodes[2]
+        assert third.run_pulled(PLAIN, unforeseen()) == images.unforeseen_output
+        assert_blamed(third, relay_log)
+        assert not third.traffic().past_the_mirror
 
 
 def assert_blamed(node: Node, relay_log: Path) -> None:

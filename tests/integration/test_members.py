@@ -305,15 +305,24 @@ async def test_a_node_recognises_itself_in_the_list(connections, b):
         assert len(me.log) == 1
 
 
-async def test_what_the_list_calls_a_node_wins_over_what_it_calls_itself(connections, b):
-    # The other nodes have the same list: so it is what they compute with.
+async def test_a_node_that_was_told_its_address_keeps_it_whatever_the_list_says(connections, b):
     async with Greeter("me/1", address="10.0.0.1:1") as me:
         members = members_of(connections, me.url, b.url, own_address="10.0.0.1:1")
-        assert "10.0.0.1:1" in zones(members)
         async with greeting(members):
-            await until(lambda: zones(members) == {me.address: "", b.address: "west"})
-        assert members.own_address == me.address
-        assert members.peer("10.0.0.1:1") is None
+            await until(lambda: zones(members) == {"10.0.0.1:1": "", b.address: "west"})
+        assert members.own_address == "10.0.0.1:1"
+        assert members.peer("10.0.0.1:1") is members.peer(me.address) is None
+
+
+async def test_lists_that_spell_a_member_differently_come_to_agree(connections, b):
+    async with Greeter("a/1", "east", address="10.0.0.7:1") as a:
+        here = members_of(connections, a.url, b.url)
+        there = members_of(connections, a.url.replace("127.0.0.1", "localhost"), b.url)
+        assert zones(here) != zones(there)
+        async with greeting(here), greeting(there):
+            expected = {"10.0.0.7:1": "east", b.address: "west"}
+            await until(lambda: zones(here) == zones(there) == expected)
+        assert coordinators(here) == coordinators(there)
 
 
 @asynccontextmanager
