@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final, TypedDict
 
 import aiohttp
+import pytest
 
 from p2pcache.core.claims import Cut, RegionKey, cut_name
 from p2pcache.core.estargz_writer import TOC_DIGEST_ANNOTATION, BuiltLayer
@@ -298,7 +299,18 @@ class Storm:
             time.monotonic() - self._began,
             figures,
         )
-        assert self.ratio < max_ratio
+        if self.ratio >= max_ratio:
+            raise ReadTooOften(f"{self.ratio:.2f} times what one node needs, {figures}")
+
+
+class ReadTooOften(AssertionError):
+    """The registry was read more than the fault may cost."""
+
+
+AGAIN_WHEN_SLOW = pytest.mark.flaky(reruns=2, only_rerun=["ReadTooOften"])
+"""How often the registry is read depends on who gets the processor when: all nodes share one. A
+machine that was busy with something else at the wrong moment gets two more tries at that figure,
+and at nothing else."""
 
 
 class Starts:
@@ -380,6 +392,7 @@ async def storm(
                 started.set_result(node)
                 await over.wait()
 
+        too_often: ReadTooOften | None = None
         async with asyncio.TaskGroup() as tasks:
             loop = asyncio.get_running_loop()
             started: list[asyncio.Future[RunningNode]] = []
@@ -389,6 +402,11 @@ async def storm(
             try:
                 async with asyncio.timeout(20):
                     result.nodes = [await each for each in started]
-                yield result
+                try:
+                    yield result
+                except ReadTooOften as error:
+                    too_often = error
             finally:
                 over.set()
+        if too_often is not None:  # outside the group, which would wrap it
+            raise too_often

@@ -9,9 +9,9 @@ import pytest
 
 from tests.integration.nodes import MIB, RunningNode
 from tests.integration.storm_lines import REGISTRY_LINE
-from tests.integration.storms import Layer, Storm, storm
+from tests.integration.storms import AGAIN_WHEN_SLOW, Layer, Storm, storm
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), AGAIN_WHEN_SLOW]
 
 CHUNK = 3 * MIB // 2
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from tests.integration.storms import LARGE, storm
+from tests.integration.storms import AGAIN_WHEN_SLOW, LARGE, storm
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), AGAIN_WHEN_SLOW]
 
 
 async def test_without_a_fault_the_registry_is_read_once(tmp_path):

@@ -9,9 +9,9 @@ from p2pcache.core.wire import MEDIA_TYPE, PROTOCOL
 from tests.fakes import Stall
 from tests.fakes_peer import FakePeer
 from tests.integration.nodes import MIB
-from tests.integration.storms import Layer, Storm, storm
+from tests.integration.storms import AGAIN_WHEN_SLOW, Layer, Storm, storm
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), AGAIN_WHEN_SLOW]
 
 
 async def boast(s: Storm, liar: FakePeer) -> None:

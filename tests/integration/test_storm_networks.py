@@ -5,9 +5,9 @@ import time
 import pytest
 
 from tests.fakes_peer import FakePeer
-from tests.integration.storms import LARGE, storm
+from tests.integration.storms import AGAIN_WHEN_SLOW, LARGE, storm
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), AGAIN_WHEN_SLOW]
 
 NODES = 5
 

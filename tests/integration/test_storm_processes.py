@@ -11,9 +11,9 @@ from tests.e2e.node_process import NodeProcess, Ports, start_node, until
 from tests.fakes import FakeRegistry
 from tests.integration.nodes import REGISTRY, RunningNode
 from tests.integration.storm_lines import Net
-from tests.integration.storms import BYTES_PER_S, Layer, Storm
+from tests.integration.storms import AGAIN_WHEN_SLOW, BYTES_PER_S, Layer, Storm
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), AGAIN_WHEN_SLOW]
 
 NODES = 4
 

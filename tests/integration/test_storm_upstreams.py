@@ -6,9 +6,9 @@ import aiohttp
 import pytest
 
 from tests.fakes import Answer
-from tests.integration.storms import Refused, Storm, storm
+from tests.integration.storms import AGAIN_WHEN_SLOW, Refused, Storm, storm
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), AGAIN_WHEN_SLOW]
 
 REFUSES_S = 3.0
 REFUSALS = {
